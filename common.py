@@ -1,0 +1,531 @@
+"""What the scripts share: errors, options, images, checkpoints and the run folder. No losses, no networks."""
+
+import argparse
+import contextlib
+import csv
+import importlib.util
+import io
+import json
+import math
+import pickle
+import signal
+import socket
+import sys
+import time
+from http.client import HTTPException
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+# torchvision, scikit-learn, matplotlib and tqdm are imported where they are used, so that --help is quick.
+
+
+# --- Errors ---
+
+
+class Error(Exception):
+    """What a user can mend, in one line. Status 2: known from the command line; 1: anything later."""
+
+    def __init__(self, message, status=1):
+        super().__init__(message)
+        self.status = status
+
+
+class Unavailable(Error):
+    """A data set that is neither on disk nor reachable."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which a scheduler sends at a job's time limit; treated as Ctrl-C is."""
+
+
+@contextlib.contextmanager
+def one_line_errors(script):
+    """Around a main: what a user can mend ends in one line and an exit status; a traceback means a bug."""
+
+    def terminate(signal_number, frame):
+        raise Terminated("by SIGTERM")
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+        return
+    except Error as error:
+        message, status = f"error: {error}", error.status
+    except KeyboardInterrupt as error:
+        message, status = f"interrupted {error}", 143 if isinstance(error, Terminated) else 130
+    except OSError as error:
+        message, status = f"error: {error}", 1
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; on a CPU it is a plain RuntimeError
+        if "memory" not in str(error):
+            raise
+        message, status = "error: out of memory; try a smaller --batch-size or smaller networks", 1
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    print(f"{script}: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+# --- Options ---
+
+
+def between(kind, low, high):
+    """An argparse type: an int or a float from low to high, both included."""
+
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:  # false for nan
+                return kind(text)
+        name = {int: "a whole number", float: "a number"}[kind]
+        raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low} to {high}")
+
+    return parse
+
+
+count = between(int, 1, 10**9)
+
+
+def new_parser(script, docstring, examples):
+    """A parser whose --help opens with the script's docstring, up to its commands, and ends in examples."""
+    return argparse.ArgumentParser(
+        script,
+        description=docstring.split("\n\n    python")[0],
+        epilog="examples:\n" + examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_data_options(parser, dataset, out):
+    """The options of all four scripts; dataset and out say in words what happens without them."""
+    group = parser.add_argument_group("data and device")
+    group.add_argument("--dataset", choices=[*TORCHVISION_SETS, "digits"], help=f"(default: {dataset})")
+    group.add_argument("--data", default="data", metavar="DIR", help="where the data sets are, or go (default: data)")
+    group.add_argument("--out", metavar="DIR", help=f"(default: {out})")
+    group.add_argument("--seed", type=between(int, 0, 2**63 - 1), default=0, metavar="N", help="(default: 0)")
+    group.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="(default: auto)")
+
+
+def add_training_options(parser, batch_size, lr):
+    """What vae.py and dcgan.py share; the defaults are the lab's."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=count, default=150, metavar="N", help="(default: 150)")
+    group.add_argument("--batch-size", type=count, metavar="N", help=f"(default: {batch_size}; on digits 64)")
+    group.add_argument("--lr", type=between(float, 1e-12, 1000), default=lr, help="Adam's learning rate (default: %(default)s)")
+    group.add_argument("--subset", type=count, metavar="N", help="train on the first N images (default: all)")
+    group.add_argument("--bf16", action="store_true", help="matrix products and convolutions in bfloat16 (default: float32)")
+    group.add_argument("--resume", metavar="RUN", help="go on with a run, named by its folder or its checkpoint")
+    group.add_argument("--tensorboard", action="store_true", help="write scalars and pictures for TensorBoard too")
+
+
+def parse_training_options(parser, argv, model):
+    """The options, and the checkpoint to resume from or None; a resumed run brings its own options."""
+    options = parser.parse_args(argv)
+    unset = object()  # argparse puts its defaults only where nothing stands yet
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(options), unset))))
+    given = {name: value for name, value in given.items() if value is not unset}
+    if options.resume is None:
+        return options, None
+    refused = sorted(given.keys() - {"resume", "epochs", "device", "data", "tensorboard"})
+    if refused:
+        names = ", ".join("--" + name.replace("_", "-") for name in refused)
+        raise Error(f"a resumed run keeps its own options: leave out {names}", 2)
+    checkpoint = load_checkpoint(options.resume, model)
+    if "optimizers" not in checkpoint:
+        raise Error(f"{options.resume} holds weights only: there is nothing to resume", 2)
+    options = argparse.Namespace(**{**vars(options), **checkpoint["config"], **given})
+    if checkpoint["epoch"] >= options.epochs:
+        parser.exit(0, f"{options.resume} has done its {checkpoint['epoch']} epochs; give more with --epochs\n")
+    return options, checkpoint
+
+
+def pick_device(name, bf16=False):
+    """The torch device for --device, which must be here and, with bf16, compute in bfloat16 itself."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in available if available[kind])
+    if not available[name]:
+        raise Error(f"--device {name}: there is no such device here; leave it out to use what there is", 2)
+    if bf16 and (name == "mps" or name == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)):
+        raise Error(f"--bf16: this {name} device does not compute in bfloat16; leave it out", 2)
+    return torch.device(name)
+
+
+def set_up(options):
+    """Check what can be checked before any work is done, seed torch, and return the device."""
+    device = pick_device(options.device, options.bf16)
+    if options.resume is None:
+        check_out(options.out)
+    if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise Error("--tensorboard needs a package that is not installed: pip install tensorboard", 2)
+    torch.manual_seed(options.seed)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 matrix products; convolutions use it anyway
+    return device
+
+
+# --- Images ---
+
+TORCHVISION_SETS = {
+    "mnist": "MNIST",
+    "fashion": "FashionMNIST",
+    "kmnist": "KMNIST",
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+}
+
+
+class Dataset(NamedTuple):
+    name: str
+    train: torch.Tensor  # uint8 (N, C, H, W)
+    test: torch.Tensor
+    test_labels: torch.Tensor  # int64 (N,)
+    classes: list  # their names
+    warning: str = ""  # if it is not the data set that was meant
+
+
+def load_dataset(name, root, size=None):
+    """The data set of that name under root, downloaded if need be, resized to size x size if given.
+
+    Without a name it is MNIST or, where that cannot be had, scikit-learn's digits, with a warning.
+    """
+    if name == "digits":
+        return load_digits(size or 28)
+    try:
+        return load_torchvision(name or "mnist", Path(root), size)
+    except Unavailable as error:
+        if name is not None:
+            raise
+        bar = "*" * 80
+        warning = (
+            f"{bar}\nWARNING: {error}\n\nTRAINING ON THE 1,797 SMALL DIGITS OF SCIKIT-LEARN INSTEAD. "
+            f"Its figures are not MNIST's.\n{bar}"
+        )
+        print(warning, file=sys.stderr)
+        return load_digits(size or 28)._replace(warning=warning)
+
+
+def load_digits(size):
+    """The 1,797 8x8 digits inside scikit-learn, 1,500 to train on and 297 to test on: no network needed."""
+    from sklearn import datasets
+    from torchvision.transforms.functional import resize
+
+    digits = datasets.load_digits()
+    images = resize(torch.from_numpy(digits.images[:, None]) * (255 / 16), [size, size]).round().byte()
+    labels = torch.from_numpy(digits.target)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    train, test = order[:1500], order[1500:]
+    return Dataset("digits", images[train], images[test], labels[test], [str(digit) for digit in range(10)])
+
+
+def load_torchvision(name, root, size):
+    from torchvision import datasets
+    from torchvision.transforms.functional import resize
+
+    kind = TORCHVISION_SETS[name]
+    if root.exists() and not root.is_dir():
+        raise Error(f"--data {root} is a file; name the folder that holds, or shall hold, the data sets", 2)
+    for path in root.glob(f"{kind}/raw/*-ubyte"):
+        check_idx_file(path)
+    silence = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(15)  # seconds without a byte, after which a download gives up
+    try:
+        splits = [getattr(datasets, kind)(root, train=train, download=True) for train in (True, False)]
+    except (OSError, HTTPException, RuntimeError) as error:  # what torchvision raises on a failed download
+        reason = str(error).splitlines()[0]
+        raise Unavailable(
+            f"{name} is not in {root}/ and its download failed ({reason}). Connect to a network, copy the data set "
+            f"to {root}/, name another folder with --data, or use --dataset digits, which needs none."
+        ) from None
+    finally:
+        socket.setdefaulttimeout(silence)
+
+    images = [torch.as_tensor(split.data) for split in splits]
+    # MNIST and its kin are (N, H, W), CIFAR is (N, H, W, 3)
+    images = [x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2) for x in images]
+    if size is not None and images[0].shape[-1] != size:
+        images = [resize(x, [size, size]) for x in images]
+    train, test = (x.contiguous() for x in images)
+    return Dataset(name, train, test, torch.as_tensor(splits[1].targets), list(splits[1].classes))
+
+
+def check_idx_file(path):
+    """Refuse an IDX file whose length is not what its header says: magic 0 0 8 d, then d sizes, then bytes."""
+    data = path.read_bytes()
+    sizes = [int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(data[3] if len(data) > 3 else 0)]
+    if data[:3] != b"\0\0\x08" or len(data) != 4 + 4 * len(sizes) + math.prod(sizes):
+        raise Error(f"{path} is damaged: its length is not what its header says; delete it and run again")
+
+
+def batches(images, batch_size, shuffle=False):
+    """One pass over uint8 images, on their device: floats in 0..1, batch_size at a time, what is left last."""
+    n = len(images)
+    order = torch.randperm(n, device=images.device) if shuffle else torch.arange(n, device=images.device)
+    for indices in order.split(batch_size):
+        yield images[indices] / 255
+
+
+def fixed_codes(n, latent_dim, seed):
+    """n codes z ~ N(0, 1) from a generator of their own: pictures never shift the training's randomness."""
+    return torch.randn(n, latent_dim, generator=torch.Generator().manual_seed(seed))
+
+
+def pairs(images, reconstructions, columns=10):
+    """Rows of images, each above its reconstructions, in the order of a grid of that many columns."""
+    columns = min(columns, len(images))
+    whole = len(images) - len(images) % columns
+    rows = torch.stack([images[:whole], reconstructions[:whole]]).unflatten(1, (-1, columns))
+    return rows.transpose(0, 1).flatten(0, 2)
+
+
+# --- Files ---
+
+
+def write_whole(path, data):
+    """Write bytes to a file in one move: after a kill or on a full disk it is the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        raise Error(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def save_grid(path, images, columns=10):
+    """Write images (N, C, H, W) in 0..1 as one PNG, that many to a row."""
+    from torchvision.utils import save_image
+
+    png = io.BytesIO()
+    save_image(images, png, format="png", nrow=columns)
+    write_whole(path, png.getvalue())
+
+
+def save_figure(path, figure):
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=150)
+    write_whole(path, png.getvalue())
+
+
+def load_checkpoint(path, model=None, device="cpu"):
+    """The dict in a checkpoint, or in a run's checkpoint.pt: of this project, or of the lab's Lightning code.
+
+    Nothing in the file is executed. Raises Error if it cannot be read, or holds another kind of
+    model than the one named ("vae" or "dcgan").
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / "checkpoint.pt").exists():
+            raise Error(f"{path} holds no checkpoint.pt: a run saves one after its first epoch", 2)
+        path = path / "checkpoint.pt"
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except OSError as error:
+        raise Error(f"cannot read {path}: {error.strerror}", 2) from None
+    except pickle.UnpicklingError as error:
+        if "lightning" in str(error):
+            raise Error(
+                f"{path} holds objects of an old Lightning. If you trust it, convert it where that Lightning is "
+                f"installed: python -c \"import torch; torch.save({{'state_dict': torch.load('{path}', "
+                f"weights_only=False)['state_dict']}}, 'converted.pt')\"", 2) from None
+        raise Error(f"{path} is refused: it is no file of torch.save, or it carries code; nothing in it was run", 2) from None
+    except (RuntimeError, EOFError):
+        raise Error(f"{path} is empty, cut short or no checkpoint", 2) from None
+
+    weights = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    kinds = {"encoder.mean.weight": "vae", "generator.l1.0.weight": "dcgan"}
+    kind = next((kinds[key] for key in kinds if isinstance(weights, dict) and key in weights), None)
+    if kind is None:
+        raise Error(f"{path} is not a checkpoint of this project or of the lab", 2)
+    if checkpoint.get("version", 1) > 1:
+        raise Error(f"{path} was made by a newer version of this project; update the scripts to open it", 2)
+    if model not in (None, kind):
+        raise Error(f"{path} holds a {kind}, not a {model}", 2)
+    return {"model": kind, "config": {}, **checkpoint}
+
+
+# --- The run folder ---
+
+
+def check_out(out):
+    """Refuse an --out that exists, or that cannot be made because something above it is a file."""
+    if out is not None:
+        if Path(out).exists():
+            raise Error(f"--out {out} exists, and a run is never overwritten; name another folder", 2)
+        if any(parent.exists() and not parent.is_dir() for parent in Path(out).parents):
+            raise Error(f"--out {out} lies below a file; name another folder", 2)
+
+
+def make_folder(out, name):
+    """The folder --out or, without one, the first free of runs/NAME, runs/NAME-2, runs/NAME-3, ..."""
+    number = 1
+    while True:
+        folder = Path(out) if out else Path("runs", name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            (folder / "images").mkdir()
+            return folder
+        except FileExistsError:
+            check_out(out)
+            number += 1
+        except OSError as error:
+            raise Error(f"cannot make the folder {folder}: {error.strerror}", 2) from None
+
+
+class Run:
+    """A run's folder, its progress and its files: `with Run(...) as run: for epoch in run.epochs(): ...`.
+
+    The folder is new, or the one of `checkpoint`, whose state is then restored. `curves` maps the
+    title of each panel of losses.png to the columns of metrics.csv that it shows. Leaving the block
+    draws them; an interruption or an Error on its way out is told what the last checkpoint holds.
+    """
+
+    def __init__(self, script, name, options, image_shape, model, optimizers, curves, checkpoint=None):
+        self.script, self.options, self.curves = script, options, curves
+        self.model, self.optimizers = model, optimizers
+        self.rows, self.epoch = [], 0  # epochs done
+        if checkpoint is None:
+            self.folder = make_folder(options.out, name)
+        else:
+            self.folder = Path(options.resume) if Path(options.resume).is_dir() else Path(options.resume).parent
+            self.restore(checkpoint)
+        self.first, self.saved = self.epoch + 1, self.epoch
+        config = {name: value for name, value in vars(options).items() if name not in ("out", "resume")}
+        self.header = {"version": 1, "model": Path(script).stem, "config": config, "image_shape": image_shape}
+        config_json = json.dumps({"model": self.header["model"], **config}, indent=2)
+        write_whole(self.folder / "config.json", config_json.encode())
+
+    def restore(self, checkpoint):
+        """Back to the end of the checkpoint's epoch: weights, moments, random states, rows of metrics.csv."""
+        self.epoch = checkpoint["epoch"]
+        self.model.load_state_dict(checkpoint["state_dict"])
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+        for kind, state in checkpoint["random_states"].items():
+            if kind in ("cpu", self.device.type):
+                random_generator(kind).set_rng_state(state)
+        with (self.folder / "metrics.csv").open(newline="") as file:
+            self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) <= self.epoch]
+
+    @property
+    def device(self):
+        return next(self.model.parameters()).device
+
+    def __enter__(self):
+        from tqdm import tqdm
+
+        self.board = None
+        if self.options.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(self.folder, purge_step=self.first)
+        self.bar = tqdm(total=self.options.epochs, initial=self.epoch, unit="epoch", disable=None)
+        self.clock = self.saved_at = time.perf_counter()
+        sizes = ", ".join(f"{part} {sum(p.numel() for p in net.parameters()):,}" for part, net in self.model.named_children())
+        print(f"{self.folder}: {self.options.dataset} on {self.device}; parameters: {sizes}")
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        self.bar.close()
+        if self.board:
+            self.board.close()
+        if kind is None:
+            self.draw_curves()
+            print(f"{self.folder}/ holds checkpoint.pt, metrics.csv, losses.png and images/")
+            print(f"next: python sample.py {self.folder}")
+        elif issubclass(kind, (Error, KeyboardInterrupt)):
+            with contextlib.suppress(Error):  # the error at hand says more
+                self.draw_curves()
+            left = f"{self.folder / 'checkpoint.pt'} holds epoch {self.saved}" if self.saved else "nothing was saved yet"
+            if issubclass(kind, KeyboardInterrupt):
+                left = f"in epoch {self.epoch + 1}; {left}"
+                if self.saved:
+                    repeated = time.perf_counter() - self.saved_at
+                    left += f": python {self.script} --resume {self.folder} repeats {repeated:.0f} s and goes on"
+                raise kind(left) from None
+            raise Error(f"{error}; {left}", error.status) from None
+
+    def epochs(self):
+        """The numbers of the epochs still to do."""
+        return range(self.first, self.options.epochs + 1)
+
+    def progress(self, batches, images):
+        """The batches of one pass over that many images, under a bar of its own if the pass takes long."""
+        from tqdm import tqdm
+
+        total = math.ceil(images / self.options.batch_size)
+        return tqdm(batches, f"epoch {self.epoch + 1}", total, leave=False, unit="batch", delay=2, disable=None)
+
+    def save_grid(self, name, images):
+        """Write images/epoch_001_NAME.png, ten images to a row."""
+        images = images.cpu()
+        save_grid(self.folder / "images" / f"epoch_{self.epoch + 1:03d}_{name}.png", images)
+        if self.board:
+            from torchvision.utils import make_grid
+
+            self.board.add_image(name, make_grid(images, nrow=10), self.epoch + 1)
+
+    def end_epoch(self, images_per_second, losses, text):
+        """Record an epoch: its row, its line of progress and, when one is due, a checkpoint."""
+        epoch, now = self.epoch + 1, time.perf_counter()
+        for name, value in losses.items():
+            if not math.isfinite(value):
+                raise Error(f"{name} is {value} in epoch {epoch}: start again with a smaller --lr, or without --bf16")
+        seconds, self.clock = now - self.clock, now
+        times = {"epoch": epoch, "seconds": f"{seconds:.3f}", "images_per_second": f"{images_per_second:.0f}"}
+        self.rows.append({**times, **losses})
+        table = io.StringIO()
+        writer = csv.DictWriter(table, self.rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_whole(self.folder / "metrics.csv", table.getvalue().encode())
+        if self.board:
+            for name, value in losses.items():
+                self.board.add_scalar(name, value, epoch)
+
+        if epoch in (self.first, self.options.epochs) or now - self.saved_at >= 30:
+            self.save(epoch)
+            self.saved, self.saved_at = epoch, now
+        self.epoch = epoch
+        self.bar.set_postfix_str(f"{text}, {images_per_second:,.0f} images/s", refresh=False)
+        self.bar.update()
+        if self.bar.disable:  # not a terminal
+            print(f"epoch {epoch}/{self.options.epochs}: {text}, {images_per_second:,.0f} images/s", flush=True)
+
+    def save(self, epoch):
+        """Write checkpoint.pt, all that resuming after this epoch needs."""
+        weights = self.model.state_dict()
+        if not all(weight.isfinite().all() for weight in weights.values()):
+            raise Error(f"the weights are no longer finite after epoch {epoch}: start again with a smaller --lr")
+        states = {kind: random_generator(kind).get_rng_state() for kind in {"cpu", self.device.type}}
+        checkpoint = {
+            **self.header,
+            "state_dict": weights,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "epoch": epoch,
+            "random_states": states,
+        }
+        data = io.BytesIO()  # torch.save would report a full disk as an internal error
+        torch.save(checkpoint, data)
+        write_whole(self.folder / "checkpoint.pt", data.getbuffer())
+
+    def draw_curves(self):
+        """losses.png: a panel for each of self.curves, over the epochs."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(4.5 * len(self.curves), 3.5), layout="constrained")
+        epochs = [int(row["epoch"]) for row in self.rows]
+        for axes, (title, columns) in zip(figure.subplots(1, len(self.curves)), self.curves.items()):
+            for column, style in zip(columns, ["-", "--", ":"]):  # told apart in a black and white print too
+                axes.plot(epochs, [float(row[column]) for row in self.rows], style, label=column)
+            axes.set(title=title, xlabel="epoch")
+            axes.grid(alpha=0.3)
+            axes.legend()
+        save_figure(self.folder / "losses.png", figure)
+
+
+def random_generator(kind):
+    """What holds torch's random state on a kind of device."""
+    return torch if kind == "cpu" else torch.get_device_module(kind)
