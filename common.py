@@ -346,6 +346,33 @@ def load_checkpoint(path, model=None, device="cpu"):
     return {"model": kind, "config": {}, **checkpoint}
 
 
+def find_checkpoint(run, model=None):
+    """The checkpoint of a run's folder, or the run itself if it is a file; without a run, the newest under runs/."""
+    if run is not None:
+        return Path(run, "checkpoint.pt") if Path(run, "checkpoint.pt").exists() else Path(run)
+    paths = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in paths:
+        if model is None or load_checkpoint(path)["model"] == model:
+            return path
+    raise Error(f"no {model or 'trained model'} under runs/: train one first, or name a run", 2)
+
+
+def picture_folder(out, checkpoint):
+    """Where pictures from a checkpoint go: --out, made if need be, or the checkpoint's own folder."""
+    folder = Path(out) if out else checkpoint.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Error(f"cannot make the folder {folder}: {error.strerror}", 2) from None
+    return folder
+
+
+def check_images(data, image_shape):
+    """Refuse a data set whose images are not those of the model."""
+    if data.train.shape[1:] != image_shape:
+        raise Error(f"the images of {data.name} are {tuple(data.train.shape[1:])}, the model's {image_shape}", 2)
+
+
 # --- The run folder ---
 
 
