@@ -8,6 +8,7 @@ import io
 import json
 import math
 import pickle
+import re
 import signal
 import socket
 import sys
@@ -17,8 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
-# torchvision, scikit-learn, matplotlib and tqdm are imported where they are used, so that --help is quick.
+# torchvision, scikit-learn and matplotlib are imported where they are used, so that --help is quick.
 
 
 # --- Errors ---
@@ -70,20 +72,22 @@ def one_line_errors(script):
 # --- Options ---
 
 
-def between(kind, low, high):
-    """An argparse type: an int or a float from low to high, both included."""
+def between(kind, low, high=math.inf):
+    """An argparse type: a finite int or float from low to high, both included."""
 
     def parse(text):
         with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:  # false for nan
+            if low <= kind(text) <= high and math.isfinite(kind(text)):
                 return kind(text)
         name = {int: "a whole number", float: "a number"}[kind]
-        raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low} to {high}")
+        limits = f"from {low} to {high}" if high < math.inf else f"of {low} or more"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {name} {limits}")
 
     return parse
 
 
 count = between(int, 1, 10**9)
+SAVE_EVERY = 30  # seconds between checkpoints
 
 
 def new_parser(script, docstring, examples):
@@ -111,7 +115,7 @@ def add_training_options(parser, batch_size, lr):
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=count, default=150, metavar="N", help="(default: 150)")
     group.add_argument("--batch-size", type=count, metavar="N", help=f"(default: {batch_size}; on digits 64)")
-    group.add_argument("--lr", type=between(float, 1e-12, 1000), default=lr, help="Adam's learning rate (default: %(default)s)")
+    group.add_argument("--lr", type=between(float, 1e-12), default=lr, help="Adam's learning rate (default: %(default)s)")
     group.add_argument("--subset", type=count, metavar="N", help="train on the first N images (default: all)")
     group.add_argument("--bf16", action="store_true", help="matrix products and convolutions in bfloat16 (default: float32)")
     group.add_argument("--resume", metavar="RUN", help="go on with a run, named by its folder or its checkpoint")
@@ -401,6 +405,9 @@ def make_folder(out, name):
             raise Error(f"cannot make the folder {folder}: {error.strerror}", 2) from None
 
 
+DIVERGED = "the training diverged; start again with a smaller --lr, or without --bf16"
+
+
 class Run:
     """A run's folder, its progress and its files: `with Run(...) as run: for epoch in run.epochs(): ...`.
 
@@ -426,23 +433,24 @@ class Run:
 
     def restore(self, checkpoint):
         """Back to the end of the checkpoint's epoch: weights, moments, random states, rows of metrics.csv."""
-        self.epoch = checkpoint["epoch"]
-        self.model.load_state_dict(checkpoint["state_dict"])
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(state)
-        for kind, state in checkpoint["random_states"].items():
-            if kind in ("cpu", self.device.type):
-                random_generator(kind).set_rng_state(state)
-        with (self.folder / "metrics.csv").open(newline="") as file:
-            self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) <= self.epoch]
+        try:
+            self.epoch = checkpoint["epoch"]
+            self.model.load_state_dict(checkpoint["state_dict"])
+            for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            for kind, state in checkpoint["random_states"].items():
+                if kind in ("cpu", self.device.type):
+                    random_generator(kind).set_rng_state(state)
+            with (self.folder / "metrics.csv").open(newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) <= self.epoch]
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            raise Error(f"{self.options.resume} cannot be resumed: it was changed since it was written", 2) from None
 
     @property
     def device(self):
         return next(self.model.parameters()).device
 
     def __enter__(self):
-        from tqdm import tqdm
-
         self.board = None
         if self.options.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -462,17 +470,24 @@ class Run:
             self.draw_curves()
             print(f"{self.folder}/ holds checkpoint.pt, metrics.csv, losses.png and images/")
             print(f"next: python sample.py {self.folder}")
-        elif issubclass(kind, (Error, KeyboardInterrupt)):
-            with contextlib.suppress(Error):  # the error at hand says more
-                self.draw_curves()
-            left = f"{self.folder / 'checkpoint.pt'} holds epoch {self.saved}" if self.saved else "nothing was saved yet"
-            if issubclass(kind, KeyboardInterrupt):
-                left = f"in epoch {self.epoch + 1}; {left}"
-                if self.saved:
-                    repeated = time.perf_counter() - self.saved_at
-                    left += f": python {self.script} --resume {self.folder} repeats {repeated:.0f} s and goes on"
-                raise kind(left) from None
-            raise Error(f"{error}; {left}", error.status) from None
+            return
+        left = f"{self.folder / 'checkpoint.pt'} holds epoch {self.saved}" if self.saved else "nothing was saved yet"
+        if issubclass(kind, KeyboardInterrupt):
+            left = f"in epoch {self.epoch + 1}; {left}"
+            if self.saved:
+                repeated = time.perf_counter() - self.saved_at
+                left += f"; python {self.script} --resume {self.folder} repeats {repeated:.0f} s and goes on"
+            error = kind(left)
+        elif issubclass(kind, RuntimeError) and re.search("between 0 and 1|device-side assert", str(error)):
+            # binary_cross_entropy refuses what is not a probability, on a GPU by an assertion: it meets a nan first
+            error = Error(f"the binary cross-entropy is nan in epoch {self.epoch + 1}: {DIVERGED}; {left}")
+        elif issubclass(kind, Error):
+            error = Error(f"{error}; {left}", error.status)
+        else:
+            return
+        with contextlib.suppress(Error):  # the error at hand says more
+            self.draw_curves()
+        raise error from None
 
     def epochs(self):
         """The numbers of the epochs still to do."""
@@ -480,8 +495,6 @@ class Run:
 
     def progress(self, batches, images):
         """The batches of one pass over that many images, under a bar of its own if the pass takes long."""
-        from tqdm import tqdm
-
         total = math.ceil(images / self.options.batch_size)
         return tqdm(batches, f"epoch {self.epoch + 1}", total, leave=False, unit="batch", delay=2, disable=None)
 
@@ -499,7 +512,7 @@ class Run:
         epoch, now = self.epoch + 1, time.perf_counter()
         for name, value in losses.items():
             if not math.isfinite(value):
-                raise Error(f"{name} is {value} in epoch {epoch}: start again with a smaller --lr, or without --bf16")
+                raise Error(f"{name} is {value} in epoch {epoch}: {DIVERGED}")
         seconds, self.clock = now - self.clock, now
         times = {"epoch": epoch, "seconds": f"{seconds:.3f}", "images_per_second": f"{images_per_second:.0f}"}
         self.rows.append({**times, **losses})
@@ -512,7 +525,7 @@ class Run:
             for name, value in losses.items():
                 self.board.add_scalar(name, value, epoch)
 
-        if epoch in (self.first, self.options.epochs) or now - self.saved_at >= 30:
+        if epoch in (self.first, self.options.epochs) or now - self.saved_at >= SAVE_EVERY:
             self.save(epoch)
             self.saved, self.saved_at = epoch, now
         self.epoch = epoch
@@ -525,7 +538,7 @@ class Run:
         """Write checkpoint.pt, all that resuming after this epoch needs."""
         weights = self.model.state_dict()
         if not all(weight.isfinite().all() for weight in weights.values()):
-            raise Error(f"the weights are no longer finite after epoch {epoch}: start again with a smaller --lr")
+            raise Error(f"the weights are no longer finite after epoch {epoch}: {DIVERGED}")
         states = {kind: random_generator(kind).get_rng_state() for kind in {"cpu", self.device.type}}
         checkpoint = {
             **self.header,

@@ -59,7 +59,7 @@ class Generator(nn.Module):
 
     def forward(self, z):
         h = self.l1(z).view(-1, 128, self.init_size, self.init_size)
-        return torch.sigmoid(self.conv_blocks(h).float())  # float() matters under bf16 autocast only
+        return torch.sigmoid(self.conv_blocks(h).to(z.dtype))
 
 
 class Discriminator(nn.Module):
@@ -88,7 +88,8 @@ class Discriminator(nn.Module):
 
     def forward(self, images):
         h = self.model(images).flatten(1)
-        return torch.sigmoid(self.adv_layer(h).float())
+        logit = self.adv_layer(h).to(images.dtype)  # a sigmoid in bf16 would be 1 from a logit of 6 on
+        return torch.sigmoid(logit)
 
 
 def generator_loss(fake_score):

@@ -34,8 +34,8 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         h = self.backbone(x)
-        # float() matters under bf16 autocast only: the losses want all 24 bits
-        return self.mean(h).float(), self.log_var(h).float()
+        # under autocast, back from bf16 to the precision that the losses need
+        return self.mean(h).to(x.dtype), self.log_var(h).to(x.dtype)
 
 
 class Decoder(nn.Module):
@@ -52,7 +52,8 @@ class Decoder(nn.Module):
         )
 
     def forward(self, z):
-        return torch.sigmoid(self.backbone(z).float())  # a bf16 sigmoid is 1 from a logit of 6 on
+        logits = self.backbone(z).to(z.dtype)  # a sigmoid in bf16 would be 1 from a logit of 6 on
+        return torch.sigmoid(logits)
 
 
 def reparameterize(mean, std):
@@ -231,7 +232,7 @@ def new_parser():
     group.add_argument("--hidden-dim", type=common.count, default=512, metavar="N", help="width of the layers (default: 512)")
     group.add_argument("--latent-dim", type=common.count, default=128, metavar="N", help="size of z (default: 128)")
     loss = group.add_mutually_exclusive_group()
-    beta = common.between(float, 0, 10**9)
+    beta = common.between(float, 0)
     loss.add_argument("--beta", type=beta, default=10.0, metavar="B", help="weight of the KL divergence (default: 10)")
     loss.add_argument("--autoencoder", action="store_true", help="no sampling and no KL divergence (default: a VAE)")
     common.add_training_options(parser, batch_size=1024, lr=1e-3)
