@@ -47,7 +47,7 @@ def one_line_errors(script):
     """Around a main: what a user can mend ends in one line and an exit status; a traceback means a bug."""
 
     def terminate(signal_number, frame):
-        raise Terminated("by SIGTERM")
+        raise Terminated
 
     previous = signal.signal(signal.SIGTERM, terminate)
     try:
@@ -56,7 +56,7 @@ def one_line_errors(script):
     except Error as error:
         message, status = f"error: {error}", error.status
     except KeyboardInterrupt as error:
-        message, status = f"interrupted {error}", 143 if isinstance(error, Terminated) else 130
+        message, status = f"interrupted {error}".rstrip(), 143 if isinstance(error, Terminated) else 130
     except OSError as error:
         message, status = f"error: {error}", 1
     except RuntimeError as error:  # torch.OutOfMemoryError is one; on a CPU it is a plain RuntimeError
@@ -87,7 +87,6 @@ def between(kind, low, high=math.inf):
 
 
 count = between(int, 1, 10**9)
-SAVE_EVERY = 30  # seconds between checkpoints
 
 
 def new_parser(script, docstring, examples):
@@ -236,7 +235,7 @@ def load_torchvision(name, root, size):
     try:
         splits = [getattr(datasets, kind)(root, train=train, download=True) for train in (True, False)]
     except (OSError, HTTPException, RuntimeError) as error:  # what torchvision raises on a failed download
-        reason = str(error).splitlines()[0]
+        reason = " ".join(f"{type(error).__name__} {error}".split())
         raise Unavailable(
             f"{name} is not in {root}/ and its download failed ({reason}). Connect to a network, copy the data set "
             f"to {root}/, name another folder with --data, or use --dataset digits, which needs none."
@@ -313,52 +312,51 @@ def save_figure(path, figure):
     write_whole(path, png.getvalue())
 
 
-def load_checkpoint(path, model=None, device="cpu"):
-    """The dict in a checkpoint, or in a run's checkpoint.pt: of this project, or of the lab's Lightning code.
-
-    Nothing in the file is executed. Raises Error if it cannot be read, or holds another kind of
-    model than the one named ("vae" or "dcgan").
-    """
-    path = Path(path)
+def find_checkpoint(run=None, model=None):
+    """The file of a run, which is its folder or a checkpoint; without a run, of the newest `model` under runs/."""
+    if run is None:
+        for path in sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: -path.stat().st_mtime):
+            if model in (None, load_checkpoint(path)["model"]):
+                return path
+        raise Error(f"no {model or 'trained model'} under runs/: train one first, or name a run", 2)
+    path = Path(run)
     if path.is_dir():
-        if not (path / "checkpoint.pt").exists():
-            raise Error(f"{path} holds no checkpoint.pt: a run saves one after its first epoch", 2)
         path = path / "checkpoint.pt"
+        if not path.exists():
+            raise Error(f"{run} holds no checkpoint.pt, which a run saves first after one epoch", 2)
+    return path
+
+
+def load_checkpoint(run, model=None, device="cpu"):
+    """The dict in the checkpoint of a run, or in a Lightning checkpoint of the lab; nothing in it is executed.
+
+    Raises Error if it cannot be read, or holds another kind of model than the one named ("vae" or "dcgan").
+    """
+    path = find_checkpoint(run)
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
         raise Error(f"cannot read {path}: {error.strerror}", 2) from None
     except pickle.UnpicklingError as error:
         if "lightning" in str(error):
-            raise Error(
-                f"{path} holds objects of an old Lightning. If you trust it, convert it where that Lightning is "
-                f"installed: python -c \"import torch; torch.save({{'state_dict': torch.load('{path}', "
-                f"weights_only=False)['state_dict']}}, 'converted.pt')\"", 2) from None
-        raise Error(f"{path} is refused: it is no file of torch.save, or it carries code; nothing in it was run", 2) from None
+            convert = f"torch.save({{'state_dict': torch.load('{path}', weights_only=False)['state_dict']}}, 'converted.pt')"
+            reason = f'holds objects of an old Lightning; if you trust it, run there: python -c "import torch; {convert}"'
+        else:
+            reason = "is refused: it is no file of torch.save, or it carries code, of which nothing was run"
+        raise Error(f"{path} {reason}", 2) from None
     except (RuntimeError, EOFError):
         raise Error(f"{path} is empty, cut short or no checkpoint", 2) from None
 
     weights = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
-    kinds = {"encoder.mean.weight": "vae", "generator.l1.0.weight": "dcgan"}
-    kind = next((kinds[key] for key in kinds if isinstance(weights, dict) and key in weights), None)
+    names = [name for name, weight in weights.items() if torch.is_tensor(weight)] if isinstance(weights, dict) else []
+    kind = "vae" if "encoder.mean.weight" in names else "dcgan" if "generator.l1.0.weight" in names else None
     if kind is None:
         raise Error(f"{path} is not a checkpoint of this project or of the lab", 2)
-    if checkpoint.get("version", 1) > 1:
+    if checkpoint.get("version", 1) != 1:
         raise Error(f"{path} was made by a newer version of this project; update the scripts to open it", 2)
     if model not in (None, kind):
         raise Error(f"{path} holds a {kind}, not a {model}", 2)
     return {"model": kind, "config": {}, **checkpoint}
-
-
-def find_checkpoint(run, model=None):
-    """The checkpoint of a run's folder, or the run itself if it is a file; without a run, the newest under runs/."""
-    if run is not None:
-        return Path(run, "checkpoint.pt") if Path(run, "checkpoint.pt").exists() else Path(run)
-    paths = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in paths:
-        if model is None or load_checkpoint(path)["model"] == model:
-            return path
-    raise Error(f"no {model or 'trained model'} under runs/: train one first, or name a run", 2)
 
 
 def picture_folder(out, checkpoint):
@@ -380,13 +378,14 @@ def check_images(data, image_shape):
 # --- The run folder ---
 
 
+SAVE_EVERY = 30  # seconds between checkpoints
+DIVERGED = "the training diverged; start again with a smaller --lr, or without --bf16"
+
+
 def check_out(out):
-    """Refuse an --out that exists, or that cannot be made because something above it is a file."""
-    if out is not None:
-        if Path(out).exists():
-            raise Error(f"--out {out} exists, and a run is never overwritten; name another folder", 2)
-        if any(parent.exists() and not parent.is_dir() for parent in Path(out).parents):
-            raise Error(f"--out {out} lies below a file; name another folder", 2)
+    """Refuse an --out that exists."""
+    if out is not None and Path(out).exists():
+        raise Error(f"--out {out} exists, and a run is never overwritten; name another folder", 2)
 
 
 def make_folder(out, name):
@@ -405,9 +404,6 @@ def make_folder(out, name):
             raise Error(f"cannot make the folder {folder}: {error.strerror}", 2) from None
 
 
-DIVERGED = "the training diverged; start again with a smaller --lr, or without --bf16"
-
-
 class Run:
     """A run's folder, its progress and its files: `with Run(...) as run: for epoch in run.epochs(): ...`.
 
@@ -423,7 +419,7 @@ class Run:
         if checkpoint is None:
             self.folder = make_folder(options.out, name)
         else:
-            self.folder = Path(options.resume) if Path(options.resume).is_dir() else Path(options.resume).parent
+            self.folder = find_checkpoint(options.resume).parent
             self.restore(checkpoint)
         self.first, self.saved = self.epoch + 1, self.epoch
         config = {name: value for name, value in vars(options).items() if name not in ("out", "resume")}
@@ -443,7 +439,7 @@ class Run:
                     random_generator(kind).set_rng_state(state)
             with (self.folder / "metrics.csv").open(newline="") as file:
                 self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) <= self.epoch]
-        except (KeyError, TypeError, ValueError, RuntimeError):
+        except (KeyError, TypeError, ValueError, RuntimeError, FileNotFoundError):
             raise Error(f"{self.options.resume} cannot be resumed: it was changed since it was written", 2) from None
 
     @property

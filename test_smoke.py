@@ -569,7 +569,7 @@ class Malicious:
         return (Path.touch, (Path("executed"),))
 
 
-def test_a_bad_checkpoint_is_refused_and_nothing_in_it_runs(runs, capsys):
+def test_a_bad_checkpoint_is_refused_and_nothing_in_it_runs(runs, capsys, monkeypatch):
     whole = (runs / "vae" / "checkpoint.pt").read_bytes()
     good = torch.load(runs / "vae" / "checkpoint.pt", weights_only=True)
     Path("empty.pt").touch()
@@ -579,11 +579,12 @@ def test_a_bad_checkpoint_is_refused_and_nothing_in_it_runs(runs, capsys):
     torch.save({"model": {"weight": torch.zeros(2)}}, "foreign.pt")
     torch.save({**good, "version": 2}, "future.pt")
     torch.save({**good, "state_dict": {"encoder.mean.weight": torch.zeros(2, 2)}}, "alien.pt")
-    torch.save({"state_dict": good["state_dict"], "callbacks": Malicious()}, "old.ckpt")
-    old = Path("old.ckpt").read_bytes()
-    assert b"pathlib" in old
-    Path("old.ckpt").write_bytes(old.replace(b"pathlib", b"lightng"))  # of the same length
-    for path in ("empty.pt", "cut.pt", "text.pt", "code.pt", "foreign.pt", "future.pt", "alien.pt", "missing.pt"):
+    torch.save({**good, "state_dict": {"encoder.mean.weight": 3}}, "number.pt")
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", sys.modules[__name__])
+    monkeypatch.setattr(Malicious, "__module__", "pytorch_lightning")
+    torch.save({"state_dict": good["state_dict"], "callbacks": Malicious}, "old.ckpt")
+    assert "converted.pt" in error_of(capsys, "sample", "old.ckpt")[1]
+    for path in ("empty.pt", "cut.pt", "text.pt", "code.pt", "foreign.pt", "future.pt", "alien.pt", "number.pt", "missing.pt"):
         for script in ("sample", "tsne"):
             status, line = error_of(capsys, script, path)
             assert status == 2 and path in line
