@@ -113,7 +113,7 @@ def add_training_options(parser, batch_size, lr):
     """What vae.py and dcgan.py share; the defaults are the lab's."""
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=count, default=150, metavar="N", help="(default: 150)")
-    group.add_argument("--batch-size", type=count, metavar="N", help=f"(default: {batch_size}; on digits 64)")
+    group.add_argument("--batch-size", type=count, metavar="N", help=f"images a step (default: {batch_size})")
     group.add_argument("--lr", type=between(float, 1e-12), default=lr, help="Adam's learning rate (default: %(default)s)")
     group.add_argument("--subset", type=count, metavar="N", help="train on the first N images (default: all)")
     group.add_argument("--bf16", action="store_true", help="matrix products and convolutions in bfloat16 (default: float32)")

@@ -154,7 +154,7 @@ import common
 
 EXAMPLES = """\
   python dcgan.py --epochs 150                     the lab's run
-  python dcgan.py --dataset digits --epochs 60     five minutes without a GPU, and no network needed
+  python dcgan.py --dataset digits --epochs 60     no network needed
 """
 
 CURVES = {
@@ -170,7 +170,7 @@ def new_parser():
     group.add_argument("--latent-dim", type=common.count, default=100, metavar="N", help="size of z (default: 100)")
     group.add_argument("--b1", type=beta, default=0.5, metavar="B", help="Adam's first beta (default: 0.5)")
     group.add_argument("--b2", type=beta, default=0.999, metavar="B", help="Adam's second beta (default: 0.999)")
-    common.add_training_options(parser, batch_size=64, lr=2e-4)
+    common.add_training_options(parser, batch_size="64", lr=2e-4)
     common.add_data_options(parser, "mnist, or digits if it cannot be had", "runs/dcgan and the like")
     return parser
 

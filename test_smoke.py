@@ -4,6 +4,7 @@ import contextlib
 import csv
 import os
 import pickle
+import re
 import signal
 import socket
 import struct
@@ -603,7 +604,7 @@ def script_in_a_process(script, words, before=""):
     """Popen of a script's main, with a line of Python before it; SIGINT interrupts it even from a background shell."""
     code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import common, {script}\n"
     code += f"{before}\n{script}.main({[str(word) for word in words]})"
-    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_WAIT_POLICY": "passive"}
     return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -631,20 +632,18 @@ common.SAVE_EVERY = 0
 def test_a_killed_run_resumes_bit_for_bit(script, run):
     words = [*run, "--epochs", "6"]
     main = SCRIPTS[script].main
+    befores = {"halfway": KILLED_WHILE_WRITING, "killed-0": "common.SAVE_EVERY = 0", "killed-1": "common.SAVE_EVERY = 0.1"}
+    processes = {out: script_in_a_process(script, [*words, "--out", out], before) for out, before in befores.items()}
     main([*words, "--out", "whole"])
-
-    process = script_in_a_process(script, [*words, "--out", "halfway"], KILLED_WHILE_WRITING)
-    assert process.wait() == -signal.SIGKILL
+    for seed, (out, process) in enumerate(processes.items()):
+        if out != "halfway":
+            wait_for(f"{out}/checkpoint.pt", process)
+            time.sleep(torch.rand(1, generator=torch.Generator().manual_seed(seed)).item() / 5)
+            process.kill()
+        process.communicate()
+    assert processes["halfway"].returncode == -signal.SIGKILL
     assert Path("halfway/checkpoint.pt.tmp").exists()
     assert torch.load("halfway/checkpoint.pt", weights_only=True)["epoch"] == 2
-
-    for attempt in range(2):
-        out = f"killed-{attempt}"
-        process = script_in_a_process(script, [*words, "--out", out], "common.SAVE_EVERY = 0.05")
-        wait_for(f"{out}/checkpoint.pt", process)
-        time.sleep(torch.rand(1, generator=torch.Generator().manual_seed(attempt)).item() / 5)
-        process.kill()
-        process.wait()
 
     for out in ("halfway", "killed-0", "killed-1"):
         with contextlib.suppress(SystemExit):  # status 0, should it have been quick enough to end
@@ -760,3 +759,26 @@ assert losses[-1] < losses[0], losses
 def test_the_upper_half_pastes_into_a_notebook(script):
     done = command("-c", PASTED + TRAIN[script], HERE / f"{script}.py")
     assert done.returncode == 0, done.stderr
+
+
+def notebook_cell(containing):
+    """The README's one Python block with this text."""
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (cell,) = [block for block in blocks if containing in block]
+    return cell
+
+
+@pytest.mark.parametrize("script,name", [("vae", "VAE(input_dim"), ("dcgan", "Generator(")])
+def test_the_readmes_training_cells_run(script, name, tmp_path):
+    write_mnist(tmp_path / "data", common.load_digits(28).train[:64], torch.arange(64) % 10)
+    paste = "import sys; exec(open(sys.argv[1]).read().split('# === Script')[0] + sys.argv[2])"
+    done = command("-c", paste, HERE / f"{script}.py", notebook_cell(name))
+    assert len(done.stdout.splitlines()) == 10, done.stderr
+
+
+def test_the_readmes_loading_cell_runs(runs, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "vae-beta10").symlink_to(runs / "vae")
+    namespace = {}
+    exec(notebook_cell("vae.load"), namespace)
+    assert namespace["images"].shape == (24, 1, 28, 28)

@@ -215,7 +215,7 @@ import common
 
 EXAMPLES = """\
   python vae.py --beta 10                          the lab's run
-  python vae.py --dataset digits --epochs 50       half a minute, and no network needed
+  python vae.py --dataset digits --epochs 50       no network needed
 """
 
 CURVES = {
@@ -235,7 +235,7 @@ def new_parser():
     beta = common.between(float, 0)
     loss.add_argument("--beta", type=beta, default=10.0, metavar="B", help="weight of the KL divergence (default: 10)")
     loss.add_argument("--autoencoder", action="store_true", help="no sampling and no KL divergence (default: a VAE)")
-    common.add_training_options(parser, batch_size=1024, lr=1e-3)
+    common.add_training_options(parser, batch_size="1024, on digits 64", lr=1e-3)
     common.add_data_options(parser, "mnist, or digits if it cannot be had", "runs/vae-beta10 and the like")
     return parser
 
