@@ -9,10 +9,12 @@ import json
 import math
 import pickle
 import re
+import shlex
 import signal
 import socket
 import sys
 import time
+import zipfile
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +26,8 @@ from tqdm import tqdm
 
 
 # --- Errors ---
+
+DIVERGED = "the training diverged; start again with a smaller --lr, or without --bf16"
 
 
 class Error(Exception):
@@ -53,19 +57,22 @@ def one_line_errors(script):
     try:
         yield
         return
-    except Error as error:
-        message, status = f"error: {error}", error.status
-    except KeyboardInterrupt as error:
-        message, status = f"interrupted {error}".rstrip(), 143 if isinstance(error, Terminated) else 130
-    except OSError as error:
-        message, status = f"error: {error}", 1
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; on a CPU it is a plain RuntimeError
-        if "memory" not in str(error):
+    except (Error, OSError) as caught:
+        error, message, status = caught, f"error: {caught}", getattr(caught, "status", 1)
+    except KeyboardInterrupt as caught:
+        error, message, status = caught, "interrupted", 143 if isinstance(caught, Terminated) else 130
+    except RuntimeError as caught:
+        if re.search("out of memory|allocate memory|not enough memory", str(caught)):
+            advice = "out of memory; ask for less at a time (--batch-size, --n) or for smaller networks"
+        elif re.search("between 0 and 1|device-side assert", str(caught)):
+            # binary_cross_entropy refuses what is no probability, on a GPU by an assertion: it meets a nan first
+            advice = f"the binary cross-entropy is nan: {DIVERGED}"
+        else:
             raise
-        message, status = "error: out of memory; try a smaller --batch-size or smaller networks", 1
+        error, message, status = caught, f"error: {advice}", 1
     finally:
         signal.signal(signal.SIGTERM, previous)
-    print(f"{script}: {message}", file=sys.stderr)
+    print(f"{script}: {message}{getattr(error, 'left', '')}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -76,9 +83,12 @@ def between(kind, low, high=math.inf):
     """An argparse type: a finite int or float from low to high, both included."""
 
     def parse(text):
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high and math.isfinite(kind(text)):
-                return kind(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if low <= value <= high and value < math.inf:  # nan is in no range
+            return value
         name = {int: "a whole number", float: "a number"}[kind]
         limits = f"from {low} to {high}" if high < math.inf else f"of {low} or more"
         raise argparse.ArgumentTypeError(f"{text!r} is not {name} {limits}")
@@ -89,36 +99,40 @@ def between(kind, low, high=math.inf):
 count = between(int, 1, 10**9)
 
 
-def new_parser(script, docstring, examples):
-    """A parser whose --help opens with the script's docstring, up to its commands, and ends in examples."""
+def new_parser(script, docstring):
+    """A parser whose --help is the script's docstring, the options, and the docstring's commands."""
+    description, examples = docstring.split("\n\n    python", 1)
     return argparse.ArgumentParser(
         script,
-        description=docstring.split("\n\n    python")[0],
-        epilog="examples:\n" + examples,
+        description=description,
+        epilog="examples:\n    python" + examples.split("\n\n")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
 
-def add_data_options(parser, dataset, out):
-    """The options of all four scripts; dataset and out say in words what happens without them."""
+def add_data_options(parser, dataset, data, out):
+    """The options of all four scripts; the arguments say in words what happens without one."""
     group = parser.add_argument_group("data and device")
-    group.add_argument("--dataset", choices=[*TORCHVISION_SETS, "digits"], help=f"(default: {dataset})")
-    group.add_argument("--data", default="data", metavar="DIR", help="where the data sets are, or go (default: data)")
-    group.add_argument("--out", metavar="DIR", help=f"(default: {out})")
-    group.add_argument("--seed", type=between(int, 0, 2**63 - 1), default=0, metavar="N", help="(default: 0)")
-    group.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="(default: auto)")
+    group.add_argument("--dataset", choices=[*TORCHVISION_SETS, "digits"], help=f"the images (default: {dataset})")
+    group.add_argument("--data", metavar="DIR", help=f"the folder of the data sets (default: {data})")
+    group.add_argument("--out", metavar="DIR", help=f"the folder to write to (default: {out})")
+    seed = between(int, 0, 2**63 - 1)
+    group.add_argument("--seed", type=seed, default=0, metavar="N", help="of all random numbers (default: 0)")
+    devices = ["auto", "cuda", "mps", "cpu"]
+    group.add_argument("--device", choices=devices, default="auto", help="auto is a GPU if there is one (default: auto)")
 
 
 def add_training_options(parser, batch_size, lr):
     """What vae.py and dcgan.py share; the defaults are the lab's."""
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=count, default=150, metavar="N", help="(default: 150)")
+    group.add_argument("--epochs", type=count, default=150, metavar="N", help="passes over the images (default: 150)")
     group.add_argument("--batch-size", type=count, metavar="N", help=f"images a step (default: {batch_size})")
     group.add_argument("--lr", type=between(float, 1e-12), default=lr, help="Adam's learning rate (default: %(default)s)")
     group.add_argument("--subset", type=count, metavar="N", help="train on the first N images (default: all)")
-    group.add_argument("--bf16", action="store_true", help="matrix products and convolutions in bfloat16 (default: float32)")
-    group.add_argument("--resume", metavar="RUN", help="go on with a run, named by its folder or its checkpoint")
-    group.add_argument("--tensorboard", action="store_true", help="write scalars and pictures for TensorBoard too")
+    group.add_argument("--bf16", action="store_true", help="bfloat16 products and convolutions, "
+                       "faster where the hardware has them (default: float32)")
+    group.add_argument("--resume", metavar="RUN", help="go on with a run, its folder or checkpoint (default: a new run)")
+    group.add_argument("--tensorboard", action="store_true", help="write for TensorBoard too (default: no)")
 
 
 def parse_training_options(parser, argv, model):
@@ -134,7 +148,7 @@ def parse_training_options(parser, argv, model):
         names = ", ".join("--" + name.replace("_", "-") for name in refused)
         raise Error(f"a resumed run keeps its own options: leave out {names}", 2)
     checkpoint = load_checkpoint(options.resume, model)
-    if "optimizers" not in checkpoint:
+    if not {"optimizers", "epoch"} <= checkpoint.keys():
         raise Error(f"{options.resume} holds weights only: there is nothing to resume", 2)
     options = argparse.Namespace(**{**vars(options), **checkpoint["config"], **given})
     if checkpoint["epoch"] >= options.epochs:
@@ -143,22 +157,22 @@ def parse_training_options(parser, argv, model):
 
 
 def pick_device(name, bf16=False):
-    """The torch device for --device, which must be here and, with bf16, compute in bfloat16 itself."""
+    """The torch device for --device, which must be here; a GPU must compute in bfloat16 itself if it is to."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind in available if available[kind])
     if not available[name]:
-        raise Error(f"--device {name}: there is no such device here; leave it out to use what there is", 2)
+        raise Error(f"--device {name}: there is no such device here; --device auto takes what there is", 2)
     if bf16 and (name == "mps" or name == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)):
-        raise Error(f"--bf16: this {name} device does not compute in bfloat16; leave it out", 2)
+        raise Error(f"--bf16: this {name} device does not compute in bfloat16; use another, or float32", 2)
     return torch.device(name)
 
 
 def set_up(options):
     """Check what can be checked before any work is done, seed torch, and return the device."""
     device = pick_device(options.device, options.bf16)
-    if options.resume is None:
-        check_out(options.out)
+    if options.out is not None and Path(options.out).exists():
+        raise Error(f"--out {options.out} exists, and a run is never overwritten; name another folder", 2)
     if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise Error("--tensorboard needs a package that is not installed: pip install tensorboard", 2)
     torch.manual_seed(options.seed)
@@ -169,13 +183,7 @@ def set_up(options):
 
 # --- Images ---
 
-TORCHVISION_SETS = {
-    "mnist": "MNIST",
-    "fashion": "FashionMNIST",
-    "kmnist": "KMNIST",
-    "cifar10": "CIFAR10",
-    "cifar100": "CIFAR100",
-}
+TORCHVISION_SETS = dict(mnist="MNIST", fashion="FashionMNIST", kmnist="KMNIST", cifar10="CIFAR10", cifar100="CIFAR100")
 
 
 class Dataset(NamedTuple):
@@ -188,14 +196,14 @@ class Dataset(NamedTuple):
 
 
 def load_dataset(name, root, size=None):
-    """The data set of that name under root, downloaded if need be, resized to size x size if given.
+    """The data set of that name under root ("data" if None), downloaded if need be, resized to size x size if given.
 
     Without a name it is MNIST or, where that cannot be had, scikit-learn's digits, with a warning.
     """
     if name == "digits":
         return load_digits(size or 28)
     try:
-        return load_torchvision(name or "mnist", Path(root), size)
+        return load_torchvision(name or "mnist", Path(root or "data"), size)
     except Unavailable as error:
         if name is not None:
             raise
@@ -316,8 +324,9 @@ def find_checkpoint(run=None, model=None):
     """The file of a run, which is its folder or a checkpoint; without a run, of the newest `model` under runs/."""
     if run is None:
         for path in sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: -path.stat().st_mtime):
-            if model in (None, load_checkpoint(path)["model"]):
-                return path
+            with contextlib.suppress(Error):  # a damaged one is not the one that was meant
+                if model in (None, load_checkpoint(path)["model"]):
+                    return path
         raise Error(f"no {model or 'trained model'} under runs/: train one first, or name a run", 2)
     path = Path(run)
     if path.is_dir():
@@ -334,7 +343,11 @@ def load_checkpoint(run, model=None, device="cpu"):
     """
     path = find_checkpoint(run)
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        with path.open("rb") as file:
+            if not zipfile.is_zipfile(file):  # all that torch.save has written since 2020 is
+                raise Error(f"{path} is empty, cut short or no checkpoint", 2)
+            file.seek(0)
+            checkpoint = torch.load(file, map_location=device, weights_only=True)
     except OSError as error:
         raise Error(f"cannot read {path}: {error.strerror}", 2) from None
     except pickle.UnpicklingError as error:
@@ -342,10 +355,10 @@ def load_checkpoint(run, model=None, device="cpu"):
             convert = f"torch.save({{'state_dict': torch.load('{path}', weights_only=False)['state_dict']}}, 'converted.pt')"
             reason = f'holds objects of an old Lightning; if you trust it, run there: python -c "import torch; {convert}"'
         else:
-            reason = "is refused: it is no file of torch.save, or it carries code, of which nothing was run"
+            reason = "is refused: it carries code, of which nothing was run"
         raise Error(f"{path} {reason}", 2) from None
-    except (RuntimeError, EOFError):
-        raise Error(f"{path} is empty, cut short or no checkpoint", 2) from None
+    except RuntimeError:
+        raise Error(f"{path} is damaged, or was not written by torch.save", 2) from None
 
     weights = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     names = [name for name, weight in weights.items() if torch.is_tensor(weight)] if isinstance(weights, dict) else []
@@ -356,7 +369,7 @@ def load_checkpoint(run, model=None, device="cpu"):
         raise Error(f"{path} was made by a newer version of this project; update the scripts to open it", 2)
     if model not in (None, kind):
         raise Error(f"{path} holds a {kind}, not a {model}", 2)
-    return {"model": kind, "config": {}, **checkpoint}
+    return {**checkpoint, "model": kind, "config": dict(checkpoint.get("config") or {})}
 
 
 def picture_folder(out, checkpoint):
@@ -379,13 +392,6 @@ def check_images(data, image_shape):
 
 
 SAVE_EVERY = 30  # seconds between checkpoints
-DIVERGED = "the training diverged; start again with a smaller --lr, or without --bf16"
-
-
-def check_out(out):
-    """Refuse an --out that exists."""
-    if out is not None and Path(out).exists():
-        raise Error(f"--out {out} exists, and a run is never overwritten; name another folder", 2)
 
 
 def make_folder(out, name):
@@ -397,11 +403,10 @@ def make_folder(out, name):
             folder.mkdir(parents=True)
             (folder / "images").mkdir()
             return folder
-        except FileExistsError:
-            check_out(out)
-            number += 1
         except OSError as error:
-            raise Error(f"cannot make the folder {folder}: {error.strerror}", 2) from None
+            if out or not folder.exists():  # else a run of that name: try the next
+                raise Error(f"cannot make the folder {folder}: {error.strerror}", 2) from None
+            number += 1
 
 
 class Run:
@@ -415,6 +420,7 @@ class Run:
     def __init__(self, script, name, options, image_shape, model, optimizers, curves, checkpoint=None):
         self.script, self.options, self.curves = script, options, curves
         self.model, self.optimizers = model, optimizers
+        self.device = next(model.parameters()).device
         self.rows, self.epoch = [], 0  # epochs done
         if checkpoint is None:
             self.folder = make_folder(options.out, name)
@@ -422,7 +428,7 @@ class Run:
             self.folder = find_checkpoint(options.resume).parent
             self.restore(checkpoint)
         self.first, self.saved = self.epoch + 1, self.epoch
-        config = {name: value for name, value in vars(options).items() if name not in ("out", "resume")}
+        config = {name: value for name, value in vars(options).items() if name not in ("out", "resume", "tensorboard")}
         self.header = {"version": 1, "model": Path(script).stem, "config": config, "image_shape": image_shape}
         config_json = json.dumps({"model": self.header["model"], **config}, indent=2)
         write_whole(self.folder / "config.json", config_json.encode())
@@ -439,12 +445,11 @@ class Run:
                     random_generator(kind).set_rng_state(state)
             with (self.folder / "metrics.csv").open(newline="") as file:
                 self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) <= self.epoch]
-        except (KeyError, TypeError, ValueError, RuntimeError, FileNotFoundError):
+        except FileNotFoundError:
+            raise Error(f"{self.folder} has no metrics.csv: resume a run in its own folder", 2) from None
+        except (KeyError, TypeError, ValueError, RuntimeError):
             raise Error(f"{self.options.resume} cannot be resumed: it was changed since it was written", 2) from None
-
-    @property
-    def device(self):
-        return next(self.model.parameters()).device
+        self.write_metrics()  # the rows of later epochs are gone
 
     def __enter__(self):
         self.board = None
@@ -452,38 +457,30 @@ class Run:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(self.folder, purge_step=self.first)
+        sizes = {part: sum(p.numel() for p in network.parameters()) for part, network in self.model.named_children()}
+        sizes = ", ".join(f"{part} {size:,}" for part, size in sizes.items())
+        print(f"{self.folder}: {self.options.dataset} on {self.device}; parameters: {sizes}")
         self.bar = tqdm(total=self.options.epochs, initial=self.epoch, unit="epoch", disable=None)
         self.clock = self.saved_at = time.perf_counter()
-        sizes = ", ".join(f"{part} {sum(p.numel() for p in net.parameters()):,}" for part, net in self.model.named_children())
-        print(f"{self.folder}: {self.options.dataset} on {self.device}; parameters: {sizes}")
         return self
 
     def __exit__(self, kind, error, traceback):
         self.bar.close()
-        if self.board:
-            self.board.close()
-        if kind is None:
+        if error is None:
             self.draw_curves()
             print(f"{self.folder}/ holds checkpoint.pt, metrics.csv, losses.png and images/")
-            print(f"next: python sample.py {self.folder}")
-            return
-        left = f"{self.folder / 'checkpoint.pt'} holds epoch {self.saved}" if self.saved else "nothing was saved yet"
-        if issubclass(kind, KeyboardInterrupt):
-            left = f"in epoch {self.epoch + 1}; {left}"
+            print(f"next: python sample.py {shlex.quote(str(self.folder))}")
+        else:
+            error.left = f"; in epoch {self.epoch + 1}, nothing was saved yet"  # said by one_line_errors
             if self.saved:
                 repeated = time.perf_counter() - self.saved_at
-                left += f"; python {self.script} --resume {self.folder} repeats {repeated:.0f} s and goes on"
-            error = kind(left)
-        elif issubclass(kind, RuntimeError) and re.search("between 0 and 1|device-side assert", str(error)):
-            # binary_cross_entropy refuses what is not a probability, on a GPU by an assertion: it meets a nan first
-            error = Error(f"the binary cross-entropy is nan in epoch {self.epoch + 1}: {DIVERGED}; {left}")
-        elif issubclass(kind, Error):
-            error = Error(f"{error}; {left}", error.status)
-        else:
-            return
-        with contextlib.suppress(Error):  # the error at hand says more
-            self.draw_curves()
-        raise error from None
+                command = f"python {self.script} --resume {shlex.quote(str(self.folder))}"
+                error.left = (f"; in epoch {self.epoch + 1}, {self.folder / 'checkpoint.pt'} holds epoch {self.saved}; "
+                              f"{command} goes on from there and repeats {repeated:.0f} s")
+            with contextlib.suppress(Error):  # the error at hand says more
+                self.draw_curves()
+        if self.board:
+            self.board.close()
 
     def epochs(self):
         """The numbers of the epochs still to do."""
@@ -494,7 +491,7 @@ class Run:
         total = math.ceil(images / self.options.batch_size)
         return tqdm(batches, f"epoch {self.epoch + 1}", total, leave=False, unit="batch", delay=2, disable=None)
 
-    def save_grid(self, name, images):
+    def save_epoch_grid(self, name, images):
         """Write images/epoch_001_NAME.png, ten images to a row."""
         images = images.cpu()
         save_grid(self.folder / "images" / f"epoch_{self.epoch + 1:03d}_{name}.png", images)
@@ -512,11 +509,7 @@ class Run:
         seconds, self.clock = now - self.clock, now
         times = {"epoch": epoch, "seconds": f"{seconds:.3f}", "images_per_second": f"{images_per_second:.0f}"}
         self.rows.append({**times, **losses})
-        table = io.StringIO()
-        writer = csv.DictWriter(table, self.rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_whole(self.folder / "metrics.csv", table.getvalue().encode())
+        self.write_metrics()
         if self.board:
             for name, value in losses.items():
                 self.board.add_scalar(name, value, epoch)
@@ -529,6 +522,13 @@ class Run:
         self.bar.update()
         if self.bar.disable:  # not a terminal
             print(f"epoch {epoch}/{self.options.epochs}: {text}, {images_per_second:,.0f} images/s", flush=True)
+
+    def write_metrics(self):
+        table = io.StringIO()
+        writer = csv.DictWriter(table, self.rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_whole(self.folder / "metrics.csv", table.getvalue().encode())
 
     def save(self, epoch):
         """Write checkpoint.pt, all that resuming after this epoch needs."""

@@ -13,12 +13,6 @@ import common
 import dcgan
 import vae
 
-EXAMPLES = """\
-  python sample.py                            samples and interpolations of the newest run
-  python sample.py runs/dcgan --n 64 --show   64 samples, in a window too
-"""
-
-
 def interpolate(z1, z2, steps):
     """Codes on the straight line from z1 to z2, (latent_dim,) each: alpha = 0, ..., 1; (steps, latent_dim)."""
     alpha = torch.linspace(0, 1, steps, device=z1.device)[:, None]
@@ -49,7 +43,7 @@ def show(paths):
 
 
 def new_parser():
-    parser = common.new_parser("sample.py", __doc__, EXAMPLES)
+    parser = common.new_parser("sample.py", __doc__)
     parser.add_argument("run", nargs="?", help="a run's folder or a checkpoint (default: the newest under runs/)")
     group = parser.add_argument_group("pictures")
     group.add_argument("--n", type=common.count, default=24, metavar="N", help="samples, in rows of 8 (default: 24)")
@@ -58,8 +52,8 @@ def new_parser():
                        "and a straight line leaves it (default: straight)")
     group.add_argument("--images", type=common.between(int, 0, 10**9), nargs=2, default=[0, 2], metavar=("I", "J"),
                        help="training images to interpolate between, VAE only (default: 0 2)")
-    group.add_argument("--show", action="store_true", help="open a window too")
-    common.add_data_options(parser, "the run's own", "the run's folder")
+    group.add_argument("--show", action="store_true", help="open a window too (default: no)")
+    common.add_data_options(parser, "the run's own", "the run's own", "the run's folder")
     return parser
 
 
@@ -88,7 +82,9 @@ def main(argv=None):
     write("interpolation.png", decode(path_between(z[0], z[1], options.steps)), options.steps)
 
     if kind == "vae":
-        data = common.load_dataset(options.dataset or config["dataset"], options.data, config["image_shape"][-1])
+        data = common.load_dataset(
+            options.dataset or config["dataset"], options.data or config.get("data"), config["image_shape"][-1]
+        )
         common.check_images(data, config["image_shape"])
         if max(options.images) >= len(data.train):
             raise common.Error(f"--images: {data.name} has {len(data.train)} training images, counted from 0", 2)

@@ -13,12 +13,6 @@ import torch
 import common
 import vae
 
-EXAMPLES = """\
-  python tsne.py                                   the means of the newest VAE's codes
-  python tsne.py runs/vae-beta1 --codes sample     one sample of each code instead
-"""
-
-
 def codes_of(model, x, which):
     """What stands for each image of x (N, input_dim): its mean, sample or std (N, latent_dim), or its pixels."""
     mean, log_var = model.encoder(x)
@@ -52,7 +46,7 @@ def draw(points, labels, classes, title):
 
 
 def new_parser():
-    parser = common.new_parser("tsne.py", __doc__, EXAMPLES)
+    parser = common.new_parser("tsne.py", __doc__)
     parser.add_argument("run", nargs="?", help="a run's folder or a checkpoint (default: the newest VAE under runs/)")
     group = parser.add_argument_group("map")
     codes = ["mean", "sample", "std", "pixels"]
@@ -60,7 +54,7 @@ def new_parser():
     group.add_argument("--codes", choices=codes, default="mean", help="what stands for an image (default: mean)")
     group.add_argument("--n", type=common.between(int, 3, 10**9), default=1000, metavar="N", help="test images, drawn without replacement (default: 1000)")
     group.add_argument("--perplexity", type=perplexity, default=30.0, metavar="P", help="about how many neighbours count (default: 30)")
-    common.add_data_options(parser, "the run's own", "the run's folder")
+    common.add_data_options(parser, "the run's own", "the run's own", "the run's folder")
     return parser
 
 
@@ -75,7 +69,9 @@ def main(argv=None):
                            "into a code; give a VAE", 2)
     model, config = vae.load(path, device)
     folder = common.picture_folder(options.out, path)
-    data = common.load_dataset(options.dataset or config["dataset"], options.data, config["image_shape"][-1])
+    data = common.load_dataset(
+        options.dataset or config["dataset"], options.data or config.get("data"), config["image_shape"][-1]
+    )
     common.check_images(data, config["image_shape"])
     n = min(options.n, len(data.test))
     if options.perplexity >= n:
@@ -89,7 +85,9 @@ def main(argv=None):
 
     from sklearn.manifold import TSNE
 
-    points = TSNE(2, perplexity=options.perplexity, random_state=options.seed % 2**32).fit_transform(codes)
+    init = "pca" if codes.shape[1] > 1 else "random"
+    tsne = TSNE(2, perplexity=options.perplexity, init=init, random_state=options.seed % 2**32)
+    points = tsne.fit_transform(codes)
     accuracies = [nearest_neighbour_accuracy(x, labels) for x in (codes, points)]
     text = "1-nearest-neighbour accuracy {:.1%} of the codes, {:.1%} of the map".format(*accuracies)
     picture = folder / f"tsne_{options.codes}.png"

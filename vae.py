@@ -78,11 +78,11 @@ class VAE(nn.Module):
         return x_pred, mean, log_var
 
 
-class ConvEncoder(Encoder):
+class ConvEncoder(nn.Module):
     """The encoder over convolutions: x is still flat, (N, C * H * W); H and W are multiples of 4."""
 
     def __init__(self, img_shape, hidden_dim, latent_dim):
-        nn.Module.__init__(self)  # of Encoder, only forward is inherited
+        super().__init__()
         channels, height, width = img_shape
         self.backbone = nn.Sequential(
             nn.Unflatten(1, img_shape),
@@ -99,12 +99,14 @@ class ConvEncoder(Encoder):
         self.mean = nn.Linear(hidden_dim, latent_dim)
         self.log_var = nn.Linear(hidden_dim, latent_dim)
 
+    forward = Encoder.forward
 
-class ConvDecoder(Decoder):
+
+class ConvDecoder(nn.Module):
     """The encoder's mirror, in the manner of the DCGAN's generator; x_pred is flat, (N, C * H * W)."""
 
     def __init__(self, latent_dim, hidden_dim, img_shape):
-        nn.Module.__init__(self)
+        super().__init__()
         channels, height, width = img_shape
         self.backbone = nn.Sequential(
             nn.Linear(latent_dim, hidden_dim),
@@ -113,34 +115,41 @@ class ConvDecoder(Decoder):
             nn.Unflatten(1, (32, height // 4, width // 4)),
             nn.BatchNorm2d(32),
             nn.LeakyReLU(0.2),
-            # upsampling and convolution in one: doubles the map, 7x7 -> 14x14
-            nn.ConvTranspose2d(32, 16, 4, stride=2, padding=1),
+            # upsamples and convolves at once, as UpsampleConv2d in dcgan.py, with a 4x4 kernel of its own
+            nn.ConvTranspose2d(32, 16, 4, stride=2, padding=1),  # 7x7 -> 14x14
             nn.BatchNorm2d(16),
             nn.LeakyReLU(0.2),
             nn.ConvTranspose2d(16, channels, 4, stride=2, padding=1),  # 14x14 -> 28x28
             nn.Flatten(),
         )
 
+    forward = Decoder.forward
 
-class ConvVAE(VAE):
+
+class ConvVAE(nn.Module):
     """The VAE with convolutional networks; takes and returns the same flat rows."""
 
     def __init__(self, img_shape, hidden_dim, latent_dim):
-        nn.Module.__init__(self)
+        super().__init__()
         self.encoder = ConvEncoder(img_shape, hidden_dim, latent_dim)
         self.decoder = ConvDecoder(latent_dim, hidden_dim, img_shape)
 
+    forward = VAE.forward
+
 
 class Autoencoder(VAE):
-    """A plain autoencoder: z is the mean, nothing is sampled. Train it with beta 0: log_var goes unused."""
+    """A plain autoencoder: z is the mean, and nothing is sampled. Train it with beta = 0."""
 
     def forward(self, x):
-        mean, log_var = self.encoder(x)
-        return self.decoder(mean), mean, log_var
+        mean, _ = self.encoder(x)
+        x_pred = self.decoder(mean)
+        return x_pred, mean, torch.zeros_like(mean)  # there is no variance to report
 
 
-class ConvAutoencoder(Autoencoder, ConvVAE):
+class ConvAutoencoder(ConvVAE):
     """The plain autoencoder with convolutional networks."""
+
+    forward = Autoencoder.forward
 
 
 def reconstruction_loss(x_pred, x):
@@ -213,11 +222,6 @@ import time
 
 import common
 
-EXAMPLES = """\
-  python vae.py --beta 10                          the lab's run
-  python vae.py --dataset digits --epochs 50       no network needed
-"""
-
 CURVES = {
     "reconstruction, nats per image": ["train/reconstruction_loss", "val/reconstruction_loss"],
     "KL divergence, nats per image": ["train/kl_loss", "val/kl_loss"],
@@ -226,7 +230,7 @@ CURVES = {
 
 
 def new_parser():
-    parser = common.new_parser("vae.py", __doc__, EXAMPLES)
+    parser = common.new_parser("vae.py", __doc__)
     group = parser.add_argument_group("model")
     group.add_argument("--arch", choices=["fc", "conv"], default="fc", help="fully connected or convolutional (default: fc)")
     group.add_argument("--hidden-dim", type=common.count, default=512, metavar="N", help="width of the layers (default: 512)")
@@ -236,7 +240,7 @@ def new_parser():
     loss.add_argument("--beta", type=beta, default=10.0, metavar="B", help="weight of the KL divergence (default: 10)")
     loss.add_argument("--autoencoder", action="store_true", help="no sampling and no KL divergence (default: a VAE)")
     common.add_training_options(parser, batch_size="1024, on digits 64", lr=1e-3)
-    common.add_data_options(parser, "mnist, or digits if it cannot be had", "runs/vae-beta10 and the like")
+    common.add_data_options(parser, "mnist, or digits if it cannot be had", "data", "runs/vae-beta10 and the like")
     return parser
 
 
@@ -269,7 +273,7 @@ def load(path, device="cpu"):
         sizes = {name: config[name] for name in ("image_shape", "arch", "autoencoder", "hidden_dim", "latent_dim")}
         model = build(**sizes)
         model.load_state_dict(weights)
-    except (KeyError, RuntimeError, TypeError, ValueError):
+    except (LookupError, AttributeError, RuntimeError, TypeError, ValueError):
         raise common.Error(f"{path}: its tensors are not those of a VAE of this project or of the lab", 2) from None
     return model.to(device).eval(), config
 
@@ -309,13 +313,10 @@ def main(argv=None):
             with torch.no_grad():
                 mean, log_var = model.encoder(x)
                 x_pred = model.decoder(mean)
-                run.save_grid("reconstructions", common.pairs(x, x_pred).unflatten(1, image_shape))
-                run.save_grid("samples", model.decoder(z).unflatten(1, image_shape))
-            losses = {
-                f"{split}/{name}": value
-                for split, values in (("train", train_losses), ("val", val_losses))
-                for name, value in zip(("reconstruction_loss", "kl_loss", "loss"), values)
-            }
+                run.save_epoch_grid("reconstructions", common.pairs(x, x_pred).unflatten(1, image_shape))
+                run.save_epoch_grid("samples", model.decoder(z).unflatten(1, image_shape))
+            names = [f"{split}/{loss}" for split in ("train", "val") for loss in ("reconstruction_loss", "kl_loss", "loss")]
+            losses = dict(zip(names, train_losses + val_losses))
             reconstruction, kl, loss = val_losses
             equation = f"test {reconstruction:.2f} + {options.beta:g} * {kl:.2f} = {loss:.2f}"
             run.end_epoch(images_per_second, losses, f"train {train_losses[2]:.2f}, {equation}")
