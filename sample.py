@@ -13,6 +13,7 @@ import common
 import dcgan
 import vae
 
+
 def interpolate(z1, z2, steps):
     """Codes on the straight line from z1 to z2, (latent_dim,) each: alpha = 0, ..., 1; (steps, latent_dim)."""
     alpha = torch.linspace(0, 1, steps, device=z1.device)[:, None]

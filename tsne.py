@@ -13,6 +13,7 @@ import torch
 import common
 import vae
 
+
 def codes_of(model, x, which):
     """What stands for each image of x (N, input_dim): its mean, sample or std (N, latent_dim), or its pixels."""
     mean, log_var = model.encoder(x)
