@@ -112,27 +112,26 @@ def new_parser(script, docstring):
 
 def add_data_options(parser, dataset, data, out):
     """The options of all four scripts; the arguments say in words what happens without one."""
-    group = parser.add_argument_group("data and device")
-    group.add_argument("--dataset", choices=[*TORCHVISION_SETS, "digits"], help=f"the images (default: {dataset})")
-    group.add_argument("--data", metavar="DIR", help=f"the folder of the data sets (default: {data})")
-    group.add_argument("--out", metavar="DIR", help=f"the folder to write to (default: {out})")
+    add = parser.add_argument_group("data and device").add_argument
+    add("--dataset", choices=[*TORCHVISION_SETS, "digits"], help=f"the images (default: {dataset})")
+    add("--data", metavar="DIR", help=f"the folder of the data sets (default: {data})")
+    add("--out", metavar="DIR", help=f"the folder to write to (default: {out})")
     seed = between(int, 0, 2**63 - 1)
-    group.add_argument("--seed", type=seed, default=0, metavar="N", help="of all random numbers (default: 0)")
+    add("--seed", type=seed, default=0, metavar="N", help="of all random numbers (default: 0)")
     devices = ["auto", "cuda", "mps", "cpu"]
-    group.add_argument("--device", choices=devices, default="auto", help="auto is a GPU if there is one (default: auto)")
+    add("--device", choices=devices, default="auto", help="auto is a GPU if there is one (default: auto)")
 
 
 def add_training_options(parser, batch_size, lr):
     """What vae.py and dcgan.py share; the defaults are the lab's."""
-    group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=count, default=150, metavar="N", help="passes over the images (default: 150)")
-    group.add_argument("--batch-size", type=count, metavar="N", help=f"images a step (default: {batch_size})")
-    group.add_argument("--lr", type=between(float, 1e-12), default=lr, help="Adam's learning rate (default: %(default)s)")
-    group.add_argument("--subset", type=count, metavar="N", help="train on the first N images (default: all)")
-    group.add_argument("--bf16", action="store_true", help="bfloat16 products and convolutions, "
-                       "faster where the hardware has them (default: float32)")
-    group.add_argument("--resume", metavar="RUN", help="go on with a run, its folder or checkpoint (default: a new run)")
-    group.add_argument("--tensorboard", action="store_true", help="write for TensorBoard too (default: no)")
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=count, default=150, metavar="N", help="passes over the images (default: 150)")
+    add("--batch-size", type=count, metavar="N", help=f"images a step (default: {batch_size})")
+    add("--lr", type=between(float, 1e-12), default=lr, help="Adam's learning rate (default: %(default)s)")
+    add("--subset", type=count, metavar="N", help="train on the first N images (default: all)")
+    add("--bf16", action="store_true", help="matrix products in bfloat16, faster where it is native (default: float32)")
+    add("--resume", metavar="RUN", help="go on with a run, its folder or checkpoint (default: a new run)")
+    add("--tensorboard", action="store_true", help="write for TensorBoard too (default: no)")
 
 
 def parse_training_options(parser, argv, model):
@@ -352,8 +351,9 @@ def load_checkpoint(run, model=None, device="cpu"):
         raise Error(f"cannot read {path}: {error.strerror}", 2) from None
     except pickle.UnpicklingError as error:
         if "lightning" in str(error):
-            convert = f"torch.save({{'state_dict': torch.load('{path}', weights_only=False)['state_dict']}}, 'converted.pt')"
-            reason = f'holds objects of an old Lightning; if you trust it, run there: python -c "import torch; {convert}"'
+            load = f"torch.load('{path}', weights_only=False)['state_dict']"
+            convert = f"import torch; torch.save({{'state_dict': {load}}}, 'converted.pt')"
+            reason = f'holds objects of an old Lightning; if you trust it, run where that is: python -c "{convert}"'
         else:
             reason = "is refused: it carries code, of which nothing was run"
         raise Error(f"{path} {reason}", 2) from None
@@ -475,8 +475,10 @@ class Run:
             if self.saved:
                 repeated = time.perf_counter() - self.saved_at
                 command = f"python {self.script} --resume {shlex.quote(str(self.folder))}"
-                error.left = (f"; in epoch {self.epoch + 1}, {self.folder / 'checkpoint.pt'} holds epoch {self.saved}; "
-                              f"{command} goes on from there and repeats {repeated:.0f} s")
+                error.left = (
+                    f"; in epoch {self.epoch + 1}, {self.folder / 'checkpoint.pt'} holds epoch {self.saved}; "
+                    f"{command} goes on from there and repeats {repeated:.0f} s"
+                )
             with contextlib.suppress(Error):  # the error at hand says more
                 self.draw_curves()
         if self.board:

@@ -160,11 +160,11 @@ CURVES = {
 
 def new_parser():
     parser = common.new_parser("dcgan.py", __doc__)
-    group = parser.add_argument_group("model and optimizers")
+    add = parser.add_argument_group("model and optimizers").add_argument
     beta = common.between(float, 0, 0.999999)
-    group.add_argument("--latent-dim", type=common.count, default=100, metavar="N", help="size of z (default: 100)")
-    group.add_argument("--b1", type=beta, default=0.5, metavar="B", help="Adam's first beta (default: 0.5)")
-    group.add_argument("--b2", type=beta, default=0.999, metavar="B", help="Adam's second beta (default: 0.999)")
+    add("--latent-dim", type=common.count, default=100, metavar="N", help="size of z (default: 100)")
+    add("--b1", type=beta, default=0.5, metavar="B", help="Adam's first beta (default: 0.5)")
+    add("--b2", type=beta, default=0.999, metavar="B", help="Adam's second beta (default: 0.999)")
     common.add_training_options(parser, batch_size="64", lr=2e-4)
     common.add_data_options(parser, "mnist, or digits if it cannot be had", "data", "runs/dcgan and the like")
     return parser

@@ -46,14 +46,19 @@ def show(paths):
 def new_parser():
     parser = common.new_parser("sample.py", __doc__)
     parser.add_argument("run", nargs="?", help="a run's folder or a checkpoint (default: the newest under runs/)")
-    group = parser.add_argument_group("pictures")
-    group.add_argument("--n", type=common.count, default=24, metavar="N", help="samples, in rows of 8 (default: 24)")
-    group.add_argument("--steps", type=common.count, default=11, metavar="N", help="of an interpolation (default: 11)")
-    group.add_argument("--slerp", action="store_true", help="interpolate along an arc: Gaussian codes lie near a sphere, "
-                       "and a straight line leaves it (default: straight)")
-    group.add_argument("--images", type=common.between(int, 0, 10**9), nargs=2, default=[0, 2], metavar=("I", "J"),
-                       help="training images to interpolate between, VAE only (default: 0 2)")
-    group.add_argument("--show", action="store_true", help="open a window too (default: no)")
+    add = parser.add_argument_group("pictures").add_argument
+    add("--n", type=common.count, default=24, metavar="N", help="samples, in rows of 8 (default: 24)")
+    add("--steps", type=common.count, default=11, metavar="N", help="of an interpolation (default: 11)")
+    add("--slerp", action="store_true", help="along an arc: Gaussian codes lie near a sphere (default: straight)")
+    add(
+        "--images",
+        type=common.between(int, 0, 10**9),
+        nargs=2,
+        default=[0, 2],
+        metavar=("I", "J"),
+        help="training images to interpolate between, VAE only (default: 0 2)",
+    )
+    add("--show", action="store_true", help="open a window too (default: no)")
     common.add_data_options(parser, "the run's own", "the run's own", "the run's folder")
     return parser
 

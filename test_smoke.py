@@ -69,7 +69,9 @@ def command(*words, **options):
 def metrics(run):
     """The rows of metrics.csv without their times."""
     with (Path(run) / "metrics.csv").open() as file:
-        return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in csv.DictReader(file)]
+        return [
+            {k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in csv.DictReader(file)
+        ]
 
 
 def weights(run):
@@ -291,11 +293,15 @@ def test_each_update_leaves_the_other_network_alone():
     networks = (dcgan.Generator(10, (1, 32, 32)), dcgan.Discriminator((1, 32, 32)))
     gradients = []  # of the generator, as each pass of the discriminator begins
     networks[1].register_forward_pre_hook(
-        lambda module, inputs: gradients.append([p.grad if p.grad is None else p.grad.clone() for p in networks[0].parameters()])
+        lambda module, inputs: gradients.append(
+            [p.grad if p.grad is None else p.grad.clone() for p in networks[0].parameters()]
+        )
     )
     for moving in (0, 1):
         before = [[p.clone() for p in network.parameters()] for network in networks]
-        optimizers = [torch.optim.SGD(network.parameters(), lr=0.1 * (i == moving)) for i, network in enumerate(networks)]
+        optimizers = [
+            torch.optim.SGD(network.parameters(), lr=0.1 * (i == moving)) for i, network in enumerate(networks)
+        ]
         dcgan.train_step(*networks, *optimizers, torch.rand(4, 1, 32, 32), torch.randn(4, 10))
         for i, network in enumerate(networks):
             equal = [torch.equal(p, q) for p, q in zip(network.parameters(), before[i])]
@@ -335,7 +341,9 @@ def write_mnist(root, images, labels):
     for split in ("train", "t10k"):
         header = struct.pack(">4i", 0x803, len(images), *images.shape[-2:])
         (raw / f"{split}-images-idx3-ubyte").write_bytes(header + images.numpy().tobytes())
-        (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, len(labels)) + labels.byte().numpy().tobytes())
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">2i", 0x801, len(labels)) + labels.byte().numpy().tobytes()
+        )
     return raw
 
 
@@ -430,8 +438,19 @@ def test_bf16_is_for_matrix_products_alone():
 BAD = {
     "vae": ["--beta nan", "--beta -1", "--beta 1 --autoencoder", "--hidden-dim 0", "--out .", "--arch gru"],
     "dcgan": ["--b1 1", "--b2 -0.1", "--latent-dim 1.5"],
-    "vae dcgan": ["--epochs 0", "--batch-size 0", "--subset 0", "--lr 0", "--lr inf", "--seed -1", "--dataset imagenet",
-                  "--resume nowhere", "--out here/file/run", "--device mps", "--epochs 99999999999999999999"],
+    "vae dcgan": [
+        "--epochs 0",
+        "--batch-size 0",
+        "--subset 0",
+        "--lr 0",
+        "--lr inf",
+        "--seed -1",
+        "--dataset imagenet",
+        "--resume nowhere",
+        "--out here/file/run",
+        "--device mps",
+        "--epochs 99999999999999999999",
+    ],
     "sample tsne": ["nowhere", "", "here/file", "--n 0", "--device mps"],
 }
 
@@ -493,7 +512,12 @@ def test_pictures_have_their_tiles_and_equal_seeds_give_equal_bytes(runs, capsys
         sample.main([str(runs / "vae"), "--out", out, "--seed", seed])
     names = ["samples.png", "interpolation.png", "interpolation_digits.png", "reconstructions.png"]
     assert capsys.readouterr().out.split() == [f"{out}/{name}" for out in "abc" for name in names]
-    tiles = {"samples.png": (8, 3), "interpolation.png": (11, 1), "interpolation_digits.png": (13, 1), "reconstructions.png": (10, 10)}
+    tiles = {
+        "samples.png": (8, 3),
+        "interpolation.png": (11, 1),
+        "interpolation_digits.png": (13, 1),
+        "reconstructions.png": (10, 10),
+    }
     for name, (columns, rows) in tiles.items():
         assert Image.open(f"a/{name}").size == (columns * 30 + 2, rows * 30 + 2)
         assert Path(f"a/{name}").read_bytes() == Path(f"b/{name}").read_bytes()
@@ -554,7 +578,12 @@ def test_a_gan_has_no_encoder(runs, capsys):
 
 @pytest.mark.parametrize("kind", ["vae", "dcgan"])
 def test_the_labs_lightning_checkpoints_open(kind, runs):
-    checkpoint = {"epoch": 149, "global_step": 8850, "pytorch-lightning_version": "1.7.7", "state_dict": weights(runs / kind)}
+    checkpoint = {
+        "epoch": 149,
+        "global_step": 8850,
+        "pytorch-lightning_version": "1.7.7",
+        "state_dict": weights(runs / kind),
+    }
     torch.save(checkpoint, "lab.ckpt")
     model, config = SCRIPTS[kind].load("lab.ckpt")
     assert same_weights(model.state_dict(), weights(runs / kind)) and not model.training
@@ -584,7 +613,17 @@ def test_a_bad_checkpoint_is_refused_and_nothing_in_it_runs(runs, capsys, monkey
     monkeypatch.setattr(Malicious, "__module__", "pytorch_lightning")
     torch.save({"state_dict": good["state_dict"], "callbacks": Malicious}, "old.ckpt")
     assert "converted.pt" in error_of(capsys, "sample", "old.ckpt")[1]
-    for path in ("empty.pt", "cut.pt", "text.pt", "code.pt", "foreign.pt", "future.pt", "alien.pt", "number.pt", "missing.pt"):
+    for path in (
+        "empty.pt",
+        "cut.pt",
+        "text.pt",
+        "code.pt",
+        "foreign.pt",
+        "future.pt",
+        "alien.pt",
+        "number.pt",
+        "missing.pt",
+    ):
         for script in ("sample", "tsne"):
             status, line = error_of(capsys, script, path)
             assert status == 2 and path in line
@@ -605,7 +644,9 @@ def script_in_a_process(script, words, before=""):
     code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import common, {script}\n"
     code += f"{before}\n{script}.main({[str(word) for word in words]})"
     environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_WAIT_POLICY": "passive"}
-    return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def wait_for(path, process):
@@ -628,11 +669,17 @@ common.SAVE_EVERY = 0
 """
 
 
-@pytest.mark.parametrize("script,run", [("vae", VAE_RUN), ("dcgan", [*DCGAN_RUN, "--subset", "20", "--batch-size", "16"])])
+@pytest.mark.parametrize(
+    "script,run", [("vae", VAE_RUN), ("dcgan", [*DCGAN_RUN, "--subset", "20", "--batch-size", "16"])]
+)
 def test_a_killed_run_resumes_bit_for_bit(script, run):
     words = [*run, "--epochs", "6"]
     main = SCRIPTS[script].main
-    befores = {"halfway": KILLED_WHILE_WRITING, "killed-0": "common.SAVE_EVERY = 0", "killed-1": "common.SAVE_EVERY = 0.1"}
+    befores = {
+        "halfway": KILLED_WHILE_WRITING,
+        "killed-0": "common.SAVE_EVERY = 0",
+        "killed-1": "common.SAVE_EVERY = 0.1",
+    }
     processes = {out: script_in_a_process(script, [*words, "--out", out], before) for out, before in befores.items()}
     main([*words, "--out", "whole"])
     for seed, (out, process) in enumerate(processes.items()):

@@ -49,12 +49,14 @@ def draw(points, labels, classes, title):
 def new_parser():
     parser = common.new_parser("tsne.py", __doc__)
     parser.add_argument("run", nargs="?", help="a run's folder or a checkpoint (default: the newest VAE under runs/)")
-    group = parser.add_argument_group("map")
+    add = parser.add_argument_group("map").add_argument
     codes = ["mean", "sample", "std", "pixels"]
     perplexity = common.between(float, 1, 10**6)
-    group.add_argument("--codes", choices=codes, default="mean", help="what stands for an image (default: mean)")
-    group.add_argument("--n", type=common.between(int, 3, 10**9), default=1000, metavar="N", help="test images, drawn without replacement (default: 1000)")
-    group.add_argument("--perplexity", type=perplexity, default=30.0, metavar="P", help="about how many neighbours count (default: 30)")
+    add("--codes", choices=codes, default="mean", help="what stands for an image (default: mean)")
+    add("--n", type=common.between(int, 3), default=1000, metavar="N", help="test images (default: 1000)")
+    add(
+        "--perplexity", type=perplexity, default=30.0, metavar="P", help="about how many neighbours count (default: 30)"
+    )
     common.add_data_options(parser, "the run's own", "the run's own", "the run's folder")
     return parser
 
@@ -66,8 +68,7 @@ def main(argv=None):
     device = common.pick_device(options.device)
     path = common.find_checkpoint(options.run, "vae")
     if common.load_checkpoint(path)["model"] == "dcgan":
-        raise common.Error(f"{path} holds a GAN, which has no encoder: it turns codes into images and never an image "
-                           "into a code; give a VAE", 2)
+        raise common.Error(f"{path} holds a GAN, which has no encoder to give codes of images; name a VAE", 2)
     model, config = vae.load(path, device)
     folder = common.picture_folder(options.out, path)
     data = common.load_dataset(

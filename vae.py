@@ -222,6 +222,7 @@ import time
 
 import common
 
+COLUMNS = [f"{split}/{name}" for split in ("train", "val") for name in ("reconstruction_loss", "kl_loss", "loss")]
 CURVES = {
     "reconstruction, nats per image": ["train/reconstruction_loss", "val/reconstruction_loss"],
     "KL divergence, nats per image": ["train/kl_loss", "val/kl_loss"],
@@ -232,9 +233,10 @@ CURVES = {
 def new_parser():
     parser = common.new_parser("vae.py", __doc__)
     group = parser.add_argument_group("model")
-    group.add_argument("--arch", choices=["fc", "conv"], default="fc", help="fully connected or convolutional (default: fc)")
-    group.add_argument("--hidden-dim", type=common.count, default=512, metavar="N", help="width of the layers (default: 512)")
-    group.add_argument("--latent-dim", type=common.count, default=128, metavar="N", help="size of z (default: 128)")
+    add = group.add_argument
+    add("--arch", choices=["fc", "conv"], default="fc", help="fully connected or convolutional (default: fc)")
+    add("--hidden-dim", type=common.count, default=512, metavar="N", help="width of the layers (default: 512)")
+    add("--latent-dim", type=common.count, default=128, metavar="N", help="size of z (default: 128)")
     loss = group.add_mutually_exclusive_group()
     beta = common.between(float, 0)
     loss.add_argument("--beta", type=beta, default=10.0, metavar="B", help="weight of the KL divergence (default: 10)")
@@ -297,12 +299,12 @@ def main(argv=None):
         for network in (model.encoder, model.decoder):
             network.forward = torch.autocast(device.type, torch.bfloat16)(network.forward)
 
-    name = "vae-conv" if options.arch == "conv" else "vae"
-    name += "-autoencoder" if options.autoencoder else f"-beta{options.beta:g}"
-    name += "" if data.name == "mnist" else f"-{data.name}"
+    run_name = "vae-conv" if options.arch == "conv" else "vae"
+    run_name += "-autoencoder" if options.autoencoder else f"-beta{options.beta:g}"
+    run_name += "" if data.name == "mnist" else f"-{data.name}"
     x = test_images[:50].flatten(1) / 255
     z = common.fixed_codes(50, options.latent_dim, options.seed).to(device)
-    with common.Run("vae.py", name, options, image_shape, model, [optimizer], CURVES, checkpoint) as run:
+    with common.Run("vae.py", run_name, options, image_shape, model, [optimizer], CURVES, checkpoint) as run:
         for epoch in run.epochs():
             start = time.perf_counter()
             batches = run.progress(common.batches(train_images, options.batch_size, shuffle=True), len(train_images))
@@ -315,8 +317,7 @@ def main(argv=None):
                 x_pred = model.decoder(mean)
                 run.save_epoch_grid("reconstructions", common.pairs(x, x_pred).unflatten(1, image_shape))
                 run.save_epoch_grid("samples", model.decoder(z).unflatten(1, image_shape))
-            names = [f"{split}/{loss}" for split in ("train", "val") for loss in ("reconstruction_loss", "kl_loss", "loss")]
-            losses = dict(zip(names, train_losses + val_losses))
+            losses = dict(zip(COLUMNS, train_losses + val_losses))
             reconstruction, kl, loss = val_losses
             equation = f"test {reconstruction:.2f} + {options.beta:g} * {kl:.2f} = {loss:.2f}"
             run.end_epoch(images_per_second, losses, f"train {train_losses[2]:.2f}, {equation}")
