@@ -324,7 +324,7 @@ def find_checkpoint(run=None, model=None):
     if run is None:
         for path in sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: -path.stat().st_mtime):
             with contextlib.suppress(Error):  # a damaged one is not the one that was meant
-                if model in (None, load_checkpoint(path)["model"]):
+                if model is None or load_checkpoint(path)["model"] == model:
                     return path
         raise Error(f"no {model or 'trained model'} under runs/: train one first, or name a run", 2)
     path = Path(run)
