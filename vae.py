@@ -115,11 +115,14 @@ class ConvDecoder(nn.Module):
             nn.Unflatten(1, (32, height // 4, width // 4)),
             nn.BatchNorm2d(32),
             nn.LeakyReLU(0.2),
-            # upsamples and convolves at once, as UpsampleConv2d in dcgan.py, with a 4x4 kernel of its own
-            nn.ConvTranspose2d(32, 16, 4, stride=2, padding=1),  # 7x7 -> 14x14
+            # each upsamples and convolves at once, as UpsampleConv2d in dcgan.py, with a 4x4 kernel of its own
+            nn.ConvTranspose2d(32, 32, 4, stride=2, padding=1),  # doubles the map: 7x7 -> 14x14
+            nn.BatchNorm2d(32),
+            nn.LeakyReLU(0.2),
+            nn.ConvTranspose2d(32, 16, 4, stride=2, padding=1),  # 14x14 -> 28x28
             nn.BatchNorm2d(16),
             nn.LeakyReLU(0.2),
-            nn.ConvTranspose2d(16, channels, 4, stride=2, padding=1),  # 14x14 -> 28x28
+            nn.Conv2d(16, channels, 3, padding=1),  # strokes are finished at full size
             nn.Flatten(),
         )
 
