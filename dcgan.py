@@ -29,8 +29,9 @@ class UpsampleConv2d(nn.Conv2d):
     """
 
     def forward(self, x):
-        kernel = F.pad(self.weight.flip(2, 3), (1, 1, 1, 1))  # (D, C, 5, 5); transposing mirrors it back
-        kernel = 4 * F.avg_pool2d(kernel, kernel_size=2, stride=1)  # sums over 2x2 shifts: (D, C, 4, 4)
+        kernel = self.weight.flip(2, 3)  # (D, C, 3, 3); transposing will mirror it back
+        kernel = F.pad(kernel, (0, 0, 1, 0)) + F.pad(kernel, (0, 0, 0, 1))  # a pixel fills two rows: (D, C, 4, 3)
+        kernel = F.pad(kernel, (1, 0)) + F.pad(kernel, (0, 1))  # and two columns: (D, C, 4, 4)
         return F.conv_transpose2d(x, kernel.transpose(0, 1), self.bias, stride=2, padding=1)
 
 
