@@ -296,7 +296,8 @@ def main(argv=None):
     train_images, test_images = data.train[: options.subset].to(device), data.test.to(device)
     image_shape = tuple(train_images.shape[1:])
 
-    model = build(image_shape, options.arch, options.autoencoder, options.hidden_dim, options.latent_dim).to(device)
+    model = build(image_shape, options.arch, options.autoencoder, options.hidden_dim, options.latent_dim)
+    model.to(device, memory_format=torch.channels_last)  # pixel by pixel in memory, which convolutions prefer
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
     if options.bf16:
         for network in (model.encoder, model.decoder):
