@@ -36,6 +36,8 @@ def slerp(z1, z2, steps):
 def show(paths):
     from matplotlib import pyplot
 
+    if pyplot.get_backend().lower() == "agg":  # what matplotlib falls back to
+        raise common.Error("--show: no window can be opened here; the pictures are in the files named above")
     for path in paths:
         pyplot.figure(path.name)
         pyplot.imshow(pyplot.imread(path))

@@ -507,7 +507,7 @@ def pixels(path):
     return np.asarray(Image.open(path).convert("L"))
 
 
-def test_pictures_have_their_tiles_and_equal_seeds_give_equal_bytes(runs, capsys):
+def test_pictures_have_their_tiles_and_equal_seeds_give_equal_bytes(runs, capsys, monkeypatch):
     for out, seed in (("a", "5"), ("b", "5"), ("c", "6")):
         sample.main([str(runs / "vae"), "--out", out, "--seed", seed])
     names = ["samples.png", "interpolation.png", "interpolation_digits.png", "reconstructions.png"]
@@ -522,7 +522,9 @@ def test_pictures_have_their_tiles_and_equal_seeds_give_equal_bytes(runs, capsys
         assert Image.open(f"a/{name}").size == (columns * 30 + 2, rows * 30 + 2)
         assert Path(f"a/{name}").read_bytes() == Path(f"b/{name}").read_bytes()
     assert Path("a/samples.png").read_bytes() != Path("c/samples.png").read_bytes()
-    sample.main([str(runs / "dcgan"), "--out", "g", "--n", "5", "--steps", "4", "--slerp"])
+    monkeypatch.setattr("matplotlib.pyplot.get_backend", lambda: "agg")
+    status, line = error_of(capsys, "sample", runs / "dcgan", "--out", "g", "--n", 5, "--steps", 4, "--slerp", "--show")
+    assert status == 1 and "no window" in line
     assert sorted(os.listdir("g")) == ["interpolation.png", "samples.png"]
 
 
