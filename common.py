@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 import zipfile
+import zlib
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -40,6 +41,10 @@ class Error(Exception):
 
 class Unavailable(Error):
     """A data set that is neither on disk nor reachable."""
+
+
+class Unwritable(Error):
+    """A file that cannot be written: a full disk, a folder without permission."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -83,12 +88,10 @@ def between(kind, low, high=math.inf):
     """An argparse type: a finite int or float from low to high, both included."""
 
     def parse(text):
-        try:
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if low <= value <= high and value < math.inf:  # nan is in no range
-            return value
+            if low <= value <= high and value < math.inf:  # nan is in no range
+                return value
         name = {int: "a whole number", float: "a number"}[kind]
         limits = f"from {low} to {high}" if high < math.inf else f"of {low} or more"
         raise argparse.ArgumentTypeError(f"{text!r} is not {name} {limits}")
@@ -298,7 +301,7 @@ def write_whole(path, data):
         temporary.write_bytes(data)
         temporary.replace(path)
     except OSError as error:
-        raise Error(f"cannot write {path}: {error.strerror}") from None
+        raise Unwritable(f"cannot write {path}: {error.strerror}") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -335,6 +338,14 @@ def find_checkpoint(run=None, model=None):
     return path
 
 
+def is_whole(file):
+    """Whether this is a zip archive, as torch.save writes, whose checksums are right; torch.load looks at none."""
+    try:
+        return zipfile.ZipFile(file).testzip() is None
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError):
+        return False
+
+
 def load_checkpoint(run, model=None, device="cpu"):
     """The dict in the checkpoint of a run, or in a Lightning checkpoint of the lab; nothing in it is executed.
 
@@ -343,8 +354,8 @@ def load_checkpoint(run, model=None, device="cpu"):
     path = find_checkpoint(run)
     try:
         with path.open("rb") as file:
-            if not zipfile.is_zipfile(file):  # all that torch.save has written since 2020 is
-                raise Error(f"{path} is empty, cut short or no checkpoint", 2)
+            if not is_whole(file):
+                raise Error(f"{path} is empty, damaged or no checkpoint", 2)
             file.seek(0)
             checkpoint = torch.load(file, map_location=device, weights_only=True)
     except OSError as error:
@@ -382,10 +393,13 @@ def picture_folder(out, checkpoint):
     return folder
 
 
-def check_images(data, image_shape):
-    """Refuse a data set whose images are not those of the model."""
-    if data.train.shape[1:] != image_shape:
-        raise Error(f"the images of {data.name} are {tuple(data.train.shape[1:])}, the model's {image_shape}", 2)
+def images_for(options, config):
+    """The data set of the options or else of the model's own config, if its images have the model's shape."""
+    shape = config["image_shape"]
+    data = load_dataset(options.dataset or config["dataset"], options.data or config.get("data"), shape[-1])
+    if data.train.shape[1:] != shape:
+        raise Error(f"the images of {data.name} are {tuple(data.train.shape[1:])}, the model's {shape}", 2)
+    return data
 
 
 # --- The run folder ---
@@ -440,16 +454,19 @@ class Run:
             self.model.load_state_dict(checkpoint["state_dict"])
             for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
+                for parameter, moments in optimizer.state.items():  # fused Adam wants them laid out as the weights are
+                    for name in ("exp_avg", "exp_avg_sq"):
+                        moments[name] = torch.empty_like(parameter).copy_(moments[name])
             for kind, state in checkpoint["random_states"].items():
                 if kind in ("cpu", self.device.type):
                     random_generator(kind).set_rng_state(state)
             with (self.folder / "metrics.csv").open(newline="") as file:
                 self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) <= self.epoch]
+            self.write_metrics()  # the rows of later epochs are gone
         except FileNotFoundError:
             raise Error(f"{self.folder} has no metrics.csv: resume a run in its own folder", 2) from None
-        except (KeyError, TypeError, ValueError, RuntimeError):
+        except (LookupError, AttributeError, TypeError, ValueError, RuntimeError):
             raise Error(f"{self.options.resume} cannot be resumed: it was changed since it was written", 2) from None
-        self.write_metrics()  # the rows of later epochs are gone
 
     def __enter__(self):
         self.board = None
@@ -473,13 +490,12 @@ class Run:
         else:
             error.left = f"; in epoch {self.epoch + 1}, nothing was saved yet"  # said by one_line_errors
             if self.saved:
+                error.left = f"; in epoch {self.epoch + 1}, {self.folder / 'checkpoint.pt'} holds epoch {self.saved}"
+            if self.saved and isinstance(error, (KeyboardInterrupt, OSError, Unwritable)):
                 repeated = time.perf_counter() - self.saved_at
                 command = f"python {self.script} --resume {shlex.quote(str(self.folder))}"
-                error.left = (
-                    f"; in epoch {self.epoch + 1}, {self.folder / 'checkpoint.pt'} holds epoch {self.saved}; "
-                    f"{command} goes on from there and repeats {repeated:.0f} s"
-                )
-            with contextlib.suppress(Error):  # the error at hand says more
+                error.left += f"; {command} goes on from there and repeats {repeated:.0f} s"
+            with contextlib.suppress(Error, KeyboardInterrupt):  # the error at hand says more
                 self.draw_curves()
         if self.board:
             self.board.close()

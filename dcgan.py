@@ -32,7 +32,8 @@ class UpsampleConv2d(nn.Conv2d):
         kernel = self.weight.flip(2, 3)  # (D, C, 3, 3); transposing will mirror it back
         kernel = F.pad(kernel, (0, 0, 1, 0)) + F.pad(kernel, (0, 0, 0, 1))  # a pixel fills two rows: (D, C, 4, 3)
         kernel = F.pad(kernel, (1, 0)) + F.pad(kernel, (0, 1))  # and two columns: (D, C, 4, 4)
-        x = x.contiguous(memory_format=torch.channels_last)  # pixel by pixel in memory: quicker to convolve
+        if x.device.type == "cpu":
+            x = x.contiguous(memory_format=torch.channels_last)  # pixel by pixel in memory: quicker to convolve
         return F.conv_transpose2d(x, kernel.transpose(0, 1), self.bias, stride=2, padding=1)
 
 

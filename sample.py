@@ -90,10 +90,7 @@ def main(argv=None):
     write("interpolation.png", decode(path_between(z[0], z[1], options.steps)), options.steps)
 
     if kind == "vae":
-        data = common.load_dataset(
-            options.dataset or config["dataset"], options.data or config.get("data"), config["image_shape"][-1]
-        )
-        common.check_images(data, config["image_shape"])
+        data = common.images_for(options, config)
         if max(options.images) >= len(data.train):
             raise common.Error(f"--images: {data.name} has {len(data.train)} training images, counted from 0", 2)
         originals = data.train[options.images].to(device) / 255

@@ -5,6 +5,7 @@ import csv
 import os
 import pickle
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -28,8 +30,10 @@ import vae
 
 HERE = Path(__file__).parent
 SCRIPTS = {"vae": vae, "dcgan": dcgan, "sample": sample, "tsne": tsne}
-VAE_RUN = ["--dataset", "digits", "--subset", "200", "--epochs", "3", "--hidden-dim", "32", "--latent-dim", "8"]
-DCGAN_RUN = ["--dataset", "digits", "--subset", "20", "--epochs", "2", "--latent-dim", "8"]
+DIGITS = ["--dataset", "digits", "--device", "cpu", "--latent-dim", "8"]
+VAE_RUN = [*DIGITS, "--subset", "200", "--epochs", "3", "--hidden-dim", "32"]
+DCGAN_RUN = [*DIGITS, "--subset", "20", "--epochs", "2"]
+ABSENT = "mps" if torch.cuda.is_available() else "cuda"  # no machine has both
 
 
 @pytest.fixture(autouse=True)
@@ -291,12 +295,6 @@ def test_a_dcgan_step_is_the_one_written_out_the_slow_way():
 
 def test_each_update_leaves_the_other_network_alone():
     networks = (dcgan.Generator(10, (1, 32, 32)), dcgan.Discriminator((1, 32, 32)))
-    gradients = []  # of the generator, as each pass of the discriminator begins
-    networks[1].register_forward_pre_hook(
-        lambda module, inputs: gradients.append(
-            [p.grad if p.grad is None else p.grad.clone() for p in networks[0].parameters()]
-        )
-    )
     for moving in (0, 1):
         before = [[p.clone() for p in network.parameters()] for network in networks]
         optimizers = [
@@ -306,8 +304,6 @@ def test_each_update_leaves_the_other_network_alone():
         for i, network in enumerate(networks):
             equal = [torch.equal(p, q) for p, q in zip(network.parameters(), before[i])]
             assert not all(equal) if i == moving else all(equal)
-        after = [p.grad for p in networks[0].parameters()]
-        assert all(torch.equal(p, q) for p, q in zip(after, gradients[-1]))  # the discriminator's loss added nothing
 
 
 # --- Images ---
@@ -448,10 +444,11 @@ BAD = {
         "--dataset imagenet",
         "--resume nowhere",
         "--out here/file/run",
-        "--device mps",
+        "--data here/file",
+        f"--device {ABSENT}",
         "--epochs 99999999999999999999",
     ],
-    "sample tsne": ["nowhere", "", "here/file", "--n 0", "--device mps"],
+    "sample tsne": ["nowhere", "", "here/file", "--n 0", f"--device {ABSENT}"],
 }
 
 
@@ -464,28 +461,32 @@ def test_a_bad_option_is_one_line_and_status_2(script, words, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_data_folder_must_be_a_folder(tmp_path, capsys):
-    (tmp_path / "data").touch()
-    assert error_of(capsys, "vae")[0] == 2
-
-
-def test_overflowing_sizes_train_one_batch_or_say_so(capsys):
+def test_overflowing_sizes_train_one_batch_or_say_so(capsys, monkeypatch):
     vae.main([*VAE_RUN, "--batch-size", "99999999", "--subset", "99999999", "--out", "one"])
     assert len(metrics("one")) == 3
-    status, line = error_of(capsys, "vae", *VAE_RUN, "--hidden-dim", 10**9)
+
+    def too_large(*args):
+        return torch.empty(2**62, dtype=torch.uint8)
+
+    monkeypatch.setattr(vae, "build", too_large)
+    status, line = error_of(capsys, "vae", *VAE_RUN)
     assert status == 1 and "memory" in line
 
 
-def test_without_a_gpu_cuda_is_refused(capsys):
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    assert error_of(capsys, "vae", "--device", "cuda")[0] == 2
-
-
-def test_tensorboard_is_optional(monkeypatch, capsys):
+def test_tensorboard_is_optional_and_gets_losses_and_grids(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     status, line = error_of(capsys, "vae", *VAE_RUN, "--tensorboard")
     assert status == 2 and "pip install tensorboard" in line
+
+    board = MagicMock()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", MagicMock(SummaryWriter=board))
+    vae.main([*VAE_RUN, "--tensorboard", "--out", "run"])
+    scalars = [call.args for call in board().add_scalar.call_args_list]
+    last = {name: pytest.approx(float(value)) for name, value in metrics("run")[-1].items() if name != "epoch"}
+    assert {name: value for name, value, epoch in scalars if epoch == 3} == last
+    grids = [(call.args[0], call.args[2]) for call in board().add_image.call_args_list]
+    assert grids == [(name, epoch) for epoch in (1, 2, 3) for name in ("reconstructions", "samples")]
 
 
 def test_importing_the_scripts_has_no_side_effects(tmp_path):
@@ -573,9 +574,12 @@ def test_the_nearest_neighbour_is_another_code():
     assert tsne.nearest_neighbour_accuracy(codes, labels) == (labels[distances.argmin(1)] == labels).mean()
 
 
-def test_a_gan_has_no_encoder(runs, capsys):
+def test_a_gan_has_no_encoder_and_an_autoencoder_no_variance(runs, capsys):
     status, line = error_of(capsys, "tsne", runs / "dcgan")
     assert status == 2 and "no encoder" in line
+    vae.main([*VAE_RUN, "--autoencoder", "--epochs", "1", "--out", "run"])
+    status, line = error_of(capsys, "tsne", "run", "--codes", "std")
+    assert status == 2 and "no variance" in line
 
 
 @pytest.mark.parametrize("kind", ["vae", "dcgan"])
@@ -604,6 +608,8 @@ def test_a_bad_checkpoint_is_refused_and_nothing_in_it_runs(runs, capsys, monkey
     good = torch.load(runs / "vae" / "checkpoint.pt", weights_only=True)
     Path("empty.pt").touch()
     Path("cut.pt").write_bytes(whole[: len(whole) // 2])
+    middle = len(whole) // 2
+    Path("bit.pt").write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
     Path("text.pt").write_text("epoch,seconds\n")
     torch.save({**good, "config": None, "model": "dcgan", "optimizers": 3}, "odd.pt")
     torch.save({**good, "payload": Malicious()}, "code.pt")
@@ -618,6 +624,7 @@ def test_a_bad_checkpoint_is_refused_and_nothing_in_it_runs(runs, capsys, monkey
     for path in (
         "empty.pt",
         "cut.pt",
+        "bit.pt",
         "text.pt",
         "code.pt",
         "foreign.pt",
@@ -629,7 +636,7 @@ def test_a_bad_checkpoint_is_refused_and_nothing_in_it_runs(runs, capsys, monkey
         for script in ("sample", "tsne"):
             status, line = error_of(capsys, script, path)
             assert status == 2 and path in line
-    for path in ("empty.pt", "cut.pt", "text.pt", "code.pt", "foreign.pt", "future.pt", "alien.pt", "odd.pt"):
+    for path in ("empty.pt", "cut.pt", "bit.pt", "text.pt", "code.pt", "foreign.pt", "future.pt", "alien.pt", "odd.pt"):
         status, line = error_of(capsys, "vae", "--resume", path, "--epochs", 9)
         assert status in (1, 2) and path in line
     assert "code" in error_of(capsys, "sample", "code.pt")[1]
@@ -695,6 +702,18 @@ def test_a_killed_run_resumes_bit_for_bit(script, run):
         assert not Path(out, "checkpoint.pt.tmp").exists()
 
 
+def test_resuming_lays_out_adams_moments_as_the_weights():
+    vae.main([*VAE_RUN, "--arch", "conv", "--epochs", "1", "--out", "one"])
+    shutil.copytree("one", "other")
+    checkpoint = torch.load("one/checkpoint.pt", weights_only=True)
+    for moments in checkpoint["optimizers"][0]["state"].values():  # as a GPU would have left them
+        moments.update({name: moments[name].contiguous() for name in ("exp_avg", "exp_avg_sq")})
+    torch.save(checkpoint, "other/checkpoint.pt")
+    for run in ("one", "other"):
+        vae.main(["--resume", run, "--epochs", "2"])
+    assert same_weights(weights("one"), weights("other"))
+
+
 def test_a_signal_ends_the_run_with_a_way_back():
     vae.main([*VAE_RUN, "--epochs", "5", "--out", "whole"])
     statuses = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -733,7 +752,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(capsys, monkeypatch):
     before = Path("run/checkpoint.pt").read_bytes()
     monkeypatch.setattr(vae, "evaluate", lambda *args: (1.0, float("inf"), float("inf")))
     status, line = error_of(capsys, "vae", "--resume", "run", "--epochs", 5)
-    assert status == 1 and "val/kl_loss is inf in epoch 4" in line and "--lr" in line and "holds epoch 3" in line
+    assert (
+        status == 1
+        and "val/kl_loss is inf in epoch 4" in line
+        and "--lr" in line
+        and "holds epoch 3" in line
+        and "--resume" not in line
+    )
     assert Path("run/checkpoint.pt").read_bytes() == before and len(metrics("run")) == 3
     for script, words in (("vae", VAE_RUN), ("dcgan", DCGAN_RUN)):
         for batch_size in (7, 200):  # the nan comes within the epoch, or after it
@@ -750,6 +775,12 @@ def test_what_resume_refuses(runs, capsys):
     Path("begun").mkdir()
     status, line = error_of(capsys, "vae", "--resume", "begun")
     assert status == 2 and "no checkpoint" in line
+    shutil.copy(runs / "vae" / "checkpoint.pt", "begun")
+    for table, word in ((None, "has no metrics.csv"), ("epoch\n", "was changed")):
+        if table:
+            Path("begun/metrics.csv").write_text(table)
+        status, line = error_of(capsys, "vae", "--resume", "begun", "--epochs", 9)
+        assert status == 2 and word in line
     status, line = error_of(capsys, "vae", *VAE_RUN, "--out", runs / "vae")
     assert status == 2 and "exists" in line
 

@@ -71,10 +71,9 @@ def main(argv=None):
         raise common.Error(f"{path} holds a GAN, which has no encoder to give codes of images; name a VAE", 2)
     model, config = vae.load(path, device)
     folder = common.picture_folder(options.out, path)
-    data = common.load_dataset(
-        options.dataset or config["dataset"], options.data or config.get("data"), config["image_shape"][-1]
-    )
-    common.check_images(data, config["image_shape"])
+    if config["autoencoder"] and options.codes in ("sample", "std"):
+        raise common.Error(f"--codes {options.codes}: an autoencoder has no variance; use mean or pixels", 2)
+    data = common.images_for(options, config)
     n = min(options.n, len(data.test))
     if options.perplexity >= n:
         raise common.Error(f"--perplexity must be below the number of images, {n}", 2)

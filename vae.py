@@ -99,7 +99,7 @@ class ConvEncoder(nn.Module):
         self.mean = nn.Linear(hidden_dim, latent_dim)
         self.log_var = nn.Linear(hidden_dim, latent_dim)
 
-    forward = Encoder.forward
+    forward = Encoder.forward  # word for word the same, over other layers
 
 
 class ConvDecoder(nn.Module):
@@ -141,12 +141,15 @@ class ConvVAE(nn.Module):
 
 
 class Autoencoder(VAE):
-    """A plain autoencoder: z is the mean, and nothing is sampled. Train it with beta = 0."""
+    """A plain autoencoder: z is the mean, and nothing is sampled. Train it with beta = 0.
+
+    There is no variance to report; with log_var = 0 the "KL" is half the squared length of the mean.
+    """
 
     def forward(self, x):
         mean, _ = self.encoder(x)
         x_pred = self.decoder(mean)
-        return x_pred, mean, torch.zeros_like(mean)  # there is no variance to report
+        return x_pred, mean, torch.zeros_like(mean)
 
 
 class ConvAutoencoder(ConvVAE):
@@ -297,7 +300,9 @@ def main(argv=None):
     image_shape = tuple(train_images.shape[1:])
 
     model = build(image_shape, options.arch, options.autoencoder, options.hidden_dim, options.latent_dim)
-    model.to(device, memory_format=torch.channels_last)  # pixel by pixel in memory, which convolutions prefer
+    if device.type == "cpu":
+        model.to(memory_format=torch.channels_last)  # pixel by pixel in memory: quicker to convolve
+    model.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
     if options.bf16:
         for network in (model.encoder, model.decoder):
