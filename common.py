@@ -491,12 +491,12 @@ class Run:
             error.left = f"; in epoch {self.epoch + 1}, nothing was saved yet"  # said by one_line_errors
             if self.saved:
                 error.left = f"; in epoch {self.epoch + 1}, {self.folder / 'checkpoint.pt'} holds epoch {self.saved}"
-            if self.saved and isinstance(error, (KeyboardInterrupt, OSError, Unwritable)):
-                repeated = time.perf_counter() - self.saved_at
-                command = f"python {self.script} --resume {shlex.quote(str(self.folder))}"
-                error.left += f"; {command} goes on from there and repeats {repeated:.0f} s"
-            with contextlib.suppress(Error, KeyboardInterrupt):  # the error at hand says more
-                self.draw_curves()
+                if isinstance(error, (KeyboardInterrupt, OSError, Unwritable)):
+                    repeated = time.perf_counter() - self.saved_at
+                    command = f"python {self.script} --resume {shlex.quote(str(self.folder))}"
+                    error.left += f"; {command} goes on from there and repeats {repeated:.0f} s"
+                with contextlib.suppress(Error, KeyboardInterrupt):  # the error at hand says more
+                    self.draw_curves()
         if self.board:
             self.board.close()
 
