@@ -1,17 +1,16 @@
 """Deep Convolutional GAN (Radford et al., 2015) on MNIST, in plain PyTorch.
 
-A generator G turns noise z ~ N(0, 1) into images, a discriminator D tells them from real ones,
-and each is trained against the other:
+A generator G turns noise z ~ N(0, 1) into images, a discriminator D tells them from real images x,
+and each is trained against the other. They minimise
 
     L_G = -mean log D(G(z))                                        (non-saturating)
     L_D = -1/2 mean [log D(x) + log(1 - D(G(z)))]
 
     python dcgan.py --epochs 150                       # the lab's run
-    python dcgan.py --epochs 14 --bf16                 # enough to see digits, without a GPU
+    python dcgan.py --epochs 10                        # enough to see digits, without a GPU
     python dcgan.py --dataset cifar100 --epochs 50     # three channels
 
-Everything above the line "=== Script" needs only torch: paste it into a notebook cell, and train
-with a DataLoader of your own.
+Everything above the line "=== Script" needs only torch and can be pasted into a notebook.
 """
 
 import torch
@@ -19,67 +18,49 @@ import torch.nn.functional as F
 from torch import nn
 
 
-class UpsampleConv2d(nn.Conv2d):
-    """nn.Upsample(scale_factor=2) and a 3x3 convolution of padding 1, in one: (N, C, H, W) -> (N, D, 2H, 2W).
-
-    Upsampling repeats each pixel in a 2x2 block, so of the nine pixels under a 3x3 window at most
-    four differ. Adding up beforehand the weights that meet the same pixel leaves one transposed
-    convolution of stride 2 with a 4x4 kernel: the same numbers for 16/36 of the multiplications,
-    and the enlarged maps are never made. The parameters stay those of the 3x3 convolution.
-    """
-
-    def forward(self, x):
-        kernel = self.weight.flip(2, 3)  # (D, C, 3, 3); transposing will mirror it back
-        kernel = F.pad(kernel, (0, 0, 1, 0)) + F.pad(kernel, (0, 0, 0, 1))  # a pixel fills two rows: (D, C, 4, 3)
-        kernel = F.pad(kernel, (1, 0)) + F.pad(kernel, (0, 1))  # and two columns: (D, C, 4, 4)
-        if x.device.type == "cpu":
-            x = x.contiguous(memory_format=torch.channels_last)  # pixel by pixel in memory: quicker to convolve
-        return F.conv_transpose2d(x, kernel.transpose(0, 1), self.bias, stride=2, padding=1)
-
-
 class Generator(nn.Module):
-    """z (N, latent_dim) -> images (N, *img_shape), in 0..1."""
+    """Noise z (N, latent_dim) -> images (N, *img_shape), in 0..1; img_shape is (C, H, W) with H = W."""
 
     def __init__(self, latent_dim, img_shape):
         super().__init__()
-        self.latent_dim = latent_dim
-        self.init_size = img_shape[1] // 4  # two doublings lead to the image's size
+        self.init_size = img_shape[1] // 4  # doubled twice below
         self.l1 = nn.Sequential(nn.Linear(latent_dim, 128 * self.init_size**2))
-        # The lab writes BatchNorm2d(n, 0.8), as much DCGAN code does: momentum was meant, but the second
-        # argument is eps. We keep it, named: it damps the normalisation, and the lab's weights expect it.
+        # The lab writes BatchNorm2d(n, 0.8), as much DCGAN code does. A momentum was probably meant, but the
+        # second argument is eps. It is kept, by its name, because the lab's trained weights depend on it.
         self.conv_blocks = nn.Sequential(
             nn.BatchNorm2d(128),
-            nn.Identity(),  # the lab's nn.Upsample, now inside the convolution
-            UpsampleConv2d(128, 128, 3, padding=1),  # 8x8 -> 16x16
+            nn.Upsample(scale_factor=2),  # 8x8 -> 16x16
+            nn.Conv2d(128, 128, 3, padding=1),
             nn.BatchNorm2d(128, eps=0.8),
             nn.LeakyReLU(0.2, inplace=True),
-            nn.Identity(),
-            UpsampleConv2d(128, 64, 3, padding=1),  # 16x16 -> 32x32
+            nn.Upsample(scale_factor=2),  # 16x16 -> 32x32
+            nn.Conv2d(128, 64, 3, padding=1),
             nn.BatchNorm2d(64, eps=0.8),
             nn.LeakyReLU(0.2, inplace=True),
             nn.Conv2d(64, img_shape[0], 3, padding=1),
+            nn.Sigmoid(),
         )
 
     def forward(self, z):
         h = self.l1(z).view(-1, 128, self.init_size, self.init_size)
-        return torch.sigmoid(self.conv_blocks(h).to(z.dtype))
+        return self.conv_blocks(h)
 
 
 class Discriminator(nn.Module):
-    """images (N, *img_shape) -> the probability that each is real, (N, 1)."""
+    """Images (N, *img_shape) -> the probability that each is real, (N, 1); H and W are multiples of 16."""
 
     def __init__(self, img_shape):
         super().__init__()
 
-        def block(in_features, out_features):
+        def block(in_channels, out_channels):
             return [
-                nn.Conv2d(in_features, out_features, 3, stride=2, padding=1),  # halves the map
+                nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1),  # halves height and width
                 nn.LeakyReLU(0.2, inplace=True),
                 nn.Dropout2d(0.25),
             ]
 
         self.model = nn.Sequential(
-            *block(img_shape[0], 16),  # no batch norm on the images themselves
+            *block(img_shape[0], 16),  # no batch norm in the first block
             *block(16, 32),
             nn.BatchNorm2d(32, eps=0.8),
             *block(32, 64),
@@ -87,41 +68,46 @@ class Discriminator(nn.Module):
             *block(64, 128),
             nn.BatchNorm2d(128, eps=0.8),
         )
-        self.adv_layer = nn.Sequential(nn.Linear(128 * (img_shape[1] // 16) ** 2, 1))
+        self.adv_layer = nn.Sequential(nn.Linear(128 * (img_shape[1] // 16) ** 2, 1), nn.Sigmoid())
 
     def forward(self, images):
         h = self.model(images).flatten(1)
-        logit = self.adv_layer(h).to(images.dtype)  # a sigmoid in bf16 would be 1 from a logit of 6 on
-        return torch.sigmoid(logit)
+        return self.adv_layer(h)
 
 
 def generator_loss(fake_score):
-    """-mean log D(G(z)): small when the discriminator takes the fakes, fake_score (N, 1), for real."""
+    """-mean log D(G(z)) for fake_score = D(G(z)) (N, 1), in nats: small when D takes the fakes for real."""
     return F.binary_cross_entropy(fake_score, torch.ones_like(fake_score))
 
 
 def discriminator_loss(real_score, fake_score):
-    """-1/2 mean [log D(x) + log(1 - D(G(z)))]: small when both scores, (N, 1), are right."""
+    """-1/2 mean [log D(x) + log(1 - D(G(z)))] for the two scores (N, 1), in nats: small when D is right."""
     real_loss = F.binary_cross_entropy(real_score, torch.ones_like(real_score))
     fake_loss = F.binary_cross_entropy(fake_score, torch.zeros_like(fake_score))
     return (real_loss + fake_loss) / 2
 
 
-def train_step(generator, discriminator, optimizer_g, optimizer_d, images, z):
-    """One update of each network; g_loss, d_loss, real_acc and fake_acc, detached, on the device."""
-    # 1. The generator moves to where the discriminator says "real".
+def gan_step(generator, discriminator, optimizer_g, optimizer_d, images, z):
+    """One update of each network on real images (N, C, H, W) and noise z (N, latent_dim).
+
+    Returns g_loss, d_loss, real_acc and fake_acc, detached, on the device. Raises ValueError if the images
+    are not of the generator's shape, which the discriminator would not notice.
+    """
     fake_images = generator(z)
+    if images.shape[1:] != fake_images.shape[1:]:
+        raise ValueError(f"the images are {tuple(images.shape[1:])}, the generator's {tuple(fake_images.shape[1:])}")
+
+    # (1) Update G: minimise -mean log D(G(z))
     g_loss = generator_loss(discriminator(fake_images))
     optimizer_g.zero_grad()
     g_loss.backward()
     optimizer_g.step()
 
-    # 2. The discriminator learns to tell the same fakes from real images. Detached: its loss stops
-    #    at the images and never reaches the generator that made them.
+    # (2) Update D: minimise -1/2 mean [log D(x) + log(1 - D(G(z)))]
     real_score = discriminator(images)
-    fake_score = discriminator(fake_images.detach())
+    fake_score = discriminator(fake_images.detach())  # detached: no gradient reaches the generator
     d_loss = discriminator_loss(real_score, fake_score)
-    optimizer_d.zero_grad()  # also forgets what step 1 left in the discriminator
+    optimizer_d.zero_grad()  # also clears the gradients that (1) left in D
     d_loss.backward()
     optimizer_d.step()
 
@@ -130,84 +116,134 @@ def train_step(generator, discriminator, optimizer_g, optimizer_d, images, z):
     return g_loss.detach(), d_loss.detach(), real_acc, fake_acc
 
 
-def train_epoch(generator, discriminator, optimizer_g, optimizer_d, batches, step=train_step):
-    """One pass over the batches of images, or (images, labels) pairs; means of what the step returns."""
-    device = next(generator.parameters()).device
-    sums, n = torch.zeros(4, device=device), 0
-    generator.train()
-    discriminator.train()
-    for batch in batches:
-        images = batch[0] if isinstance(batch, (list, tuple)) else batch
-        images = images.to(device)
-        z = torch.randn(len(images), generator.latent_dim, device=device)
-        losses = step(generator, discriminator, optimizer_g, optimizer_d, images, z)
-        sums += len(images) * torch.stack(losses)
-        n += len(images)
-    return (sums / n).tolist()  # the only wait for the device in an epoch
-
-
 # === Script ===
-# Options, data, progress and files. None of it is needed to train in a notebook.
+# Speed, options, data and files. None of it is needed in a notebook.
 
+import argparse
+import importlib.util
+import json
 import math
-import sys
+import shlex
 import time
+from datetime import timedelta
+
+from tqdm import tqdm
 
 import common
+from common import between
 
+COLUMNS = ["generator/loss", "discriminator/loss", "discriminator/real_acc", "discriminator/fake_acc"]
 CURVES = {
-    "binary cross-entropy, nats": ["generator/loss", "discriminator/loss"],
-    "accuracy of the discriminator": [f"discriminator/{part}_acc" for part in ("real", "fake", "overall")],
+    "binary cross-entropy, nats": COLUMNS[:2],
+    "accuracy of the discriminator": [*COLUMNS[2:], "discriminator/overall_acc"],
 }
 
 
-def new_parser():
-    parser = common.new_parser("dcgan.py", __doc__)
-    add = parser.add_argument_group("model and optimizers").add_argument
-    beta = common.between(float, 0, 0.999999)
-    add("--latent-dim", type=common.count, default=100, metavar="N", help="size of z (default: 100)")
-    add("--b1", type=beta, default=0.5, metavar="B", help="Adam's first beta (default: 0.5)")
-    add("--b2", type=beta, default=0.999, metavar="B", help="Adam's second beta (default: 0.999)")
-    common.add_training_options(parser, batch_size="64", lr=2e-4)
-    common.add_data_options(parser, "mnist, or digits if it cannot be had", "data", "runs/dcgan and the like")
-    return parser
+class UpsampleConv2d(nn.Conv2d):
+    """nn.Upsample(scale_factor=2) and a 3x3 convolution in one: (N, C, H, W) -> (N, D, 2H, 2W).
 
-
-def load(path, device="cpu"):
-    """Generator and discriminator of a checkpoint, in eval mode, and its config, "image_shape" included.
-
-    The two are the "generator" and the "discriminator" of one nn.ModuleDict. path is a run, a
-    checkpoint, or a Lightning checkpoint of the lab, whose sizes are read off its tensors. Raises
-    common.Error if it is none of these.
+    Upsampling repeats each pixel in a 2x2 block, so at most four of the nine pixels under a 3x3 window differ.
+    Adding the weights that meet the same pixel first leaves one transposed convolution of stride 2 with a 4x4
+    kernel: the same numbers for 16/36 of the multiplications. The parameters stay those of the 3x3 convolution.
     """
-    checkpoint = common.load_checkpoint(path, "dcgan", device)
-    weights = checkpoint["state_dict"]
-    try:
-        features, latent_dim = weights["generator.l1.0.weight"].shape
-        channels = weights["discriminator.model.0.weight"].shape[1]
-        side = 4 * math.isqrt(features // 128)
-        image_shape = (channels, side, side)
-        model = build(image_shape, latent_dim)
-        model.load_state_dict(weights)
-    except (LookupError, AttributeError, RuntimeError, TypeError, ValueError):
-        raise common.Error(f"{path}: its tensors are not those of a DCGAN of this project or of the lab", 2) from None
-    config = {"dataset": "mnist", **checkpoint["config"], "latent_dim": latent_dim, "image_shape": image_shape}
-    return model.to(device).eval(), config
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x):
+        kernel = self.weight.flip(2, 3)  # (D, C, 3, 3); the transposed convolution mirrors it back
+        kernel = F.pad(kernel, (0, 0, 1, 0)) + F.pad(kernel, (0, 0, 0, 1))  # a pixel fills two rows: (D, C, 4, 3)
+        kernel = F.pad(kernel, (1, 0)) + F.pad(kernel, (0, 1))  # and two columns: (D, C, 4, 4)
+        if x.device.type == "cpu":
+            x = x.contiguous(memory_format=torch.channels_last)  # all channels of a pixel together: faster
+        return F.conv_transpose2d(x, kernel.transpose(0, 1), self.bias, stride=2, padding=1)
+
+
+def fuse_upsampling(generator):
+    """Replace, in place, each nn.Upsample and the nn.Conv2d after it by one UpsampleConv2d with its parameters."""
+    layers = generator.conv_blocks
+    for i, layer in enumerate(layers):
+        if isinstance(layer, nn.Upsample):
+            conv = layers[i + 1]
+            with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
+                fused = UpsampleConv2d(conv.in_channels, conv.out_channels)
+            fused.weight, fused.bias = conv.weight, conv.bias
+            layers[i], layers[i + 1] = nn.Identity(), fused
+
+
+def parse_options(argv):
+    """The options and, with --resume, the checkpoint of that run, whose options are then the defaults."""
+    parser = argparse.ArgumentParser(
+        "dcgan.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    folder = parser.add_mutually_exclusive_group()
+    parser.add_argument("--latent-dim", type=between(int, 1), default=100, help="size of z (default: 100)")
+    parser.add_argument("--b1", type=between(float, 0, 1), default=0.5, help="Adam's first beta (default: 0.5)")
+    parser.add_argument("--b2", type=between(float, 0, 1), default=0.999, help="Adam's second beta (default: 0.999)")
+    parser.add_argument("--epochs", type=between(int, 1), default=150, help="passes over the images (default: 150)")
+    parser.add_argument("--batch-size", type=between(int, 1), default=64, help="images per step (default: 64)")
+    parser.add_argument("--lr", type=between(float, 1e-12), default=2e-4, help="Adam's learning rate (default: 0.0002)")
+    parser.add_argument("--seed", type=between(int, 0, 2**63), default=0, help="of all random numbers (default: 0)")
+    parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="(default: auto)")
+    parser.add_argument("--dataset", choices=[*common.SETS, "digits"], help="(default: mnist, or else digits)")
+    parser.add_argument("--data", default="data", help="the folder of the data sets (default: data)")
+    parser.add_argument("--subset", type=between(int, 1), help="train on the first N images (default: all)")
+    folder.add_argument("--out", help="a new folder for the run (default: runs/dcgan and the like)")
+    folder.add_argument(
+        "--resume", metavar="RUN", help="go on with a run; its options are the defaults (default: none)"
+    )
+    parser.add_argument("--bf16", action="store_true", help="bfloat16, if faster (default: float32, TF32 on CUDA)")
+    parser.add_argument("--tensorboard", action="store_true", help="log for TensorBoard too (default: no)")
+    options = parser.parse_args(argv)
+    if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        parser.error("--tensorboard needs a package that is not installed: pip install tensorboard")
+    if options.resume is None:
+        return options, None
+    checkpoint = common.load_checkpoint(options.resume)
+    if checkpoint.get("model") != "dcgan":
+        raise common.Error(f"{options.resume} is no run of dcgan.py: there is nothing to resume")
+    parser.set_defaults(**checkpoint["config"])
+    return parser.parse_args(argv), checkpoint
 
 
 def build(image_shape, latent_dim):
-    """Both networks under the names of the lab."""
-    return nn.ModuleDict({"generator": Generator(latent_dim, image_shape), "discriminator": Discriminator(image_shape)})
+    """Both networks, under the lab's names; the generator's upsampling is fused."""
+    model = nn.ModuleDict(
+        {"generator": Generator(latent_dim, image_shape), "discriminator": Discriminator(image_shape)}
+    )
+    fuse_upsampling(model["generator"])
+    return model
 
 
-@common.one_line_errors("dcgan.py")
+def load(path, device="cpu"):
+    """The networks of a run or a checkpoint, in eval mode, and its config, with "image_shape" in it.
+
+    They are the "generator" and the "discriminator" of one nn.ModuleDict. Weights without a config, as the
+    lab's are, tell their sizes themselves. Raises common.Error.
+    """
+    checkpoint = common.load_checkpoint(path, device)
+    weights = checkpoint["state_dict"]
+    if checkpoint.get("model") == "dcgan":
+        config = {**checkpoint["config"], "image_shape": tuple(checkpoint["image_shape"])}
+    elif "generator.l1.0.weight" in weights and "discriminator.model.0.weight" in weights:
+        features, latent_dim = weights["generator.l1.0.weight"].shape
+        side, channels = 4 * math.isqrt(features // 128), weights["discriminator.model.0.weight"].shape[1]
+        config = {"latent_dim": latent_dim, "image_shape": (channels, side, side), "dataset": "mnist", "data": "data"}
+    else:
+        raise common.Error(f"{path} holds no DCGAN")
+    model = build(config["image_shape"], config["latent_dim"]).to(device)
+    common.restore(path, checkpoint, model)
+    return model.eval(), config
+
+
 def main(argv=None):
-    options, checkpoint = common.parse_training_options(new_parser(), argv, "dcgan")
-    device = common.set_up(options)
+    options, checkpoint = parse_options(argv)
+    device = common.pick_device(options.device)
+    options.bf16 = options.bf16 and common.bf16_pays(device)
+    torch.manual_seed(options.seed)
 
     data = common.load_dataset(options.dataset, options.data, size=32)
     options.dataset = data.name
-    options.batch_size = options.batch_size or 64
     images = data.train[: options.subset].to(device)
     image_shape = tuple(images.shape[1:])
 
@@ -217,36 +253,100 @@ def main(argv=None):
         torch.optim.Adam(network.parameters(), lr=options.lr, betas=(options.b1, options.b2), fused=True)
         for network in (generator, discriminator)
     )
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
     if options.bf16:
-        for network in (generator, discriminator):
+        for network, logits in ((generator, generator.conv_blocks[-2]), (discriminator, discriminator.adv_layer[0])):
             network.forward = torch.autocast(device.type, torch.bfloat16)(network.forward)
+            logits.register_forward_hook(lambda layer, inputs, output: output.float())  # the sigmoid needs float32
 
-    name = "dcgan" if data.name == "mnist" else f"dcgan-{data.name}"
-    validation_z = common.fixed_codes(50, options.latent_dim, options.seed).to(device)
-    optimizers = [optimizer_g, optimizer_d]
-    with common.Run("dcgan.py", name, options, image_shape, model, optimizers, CURVES, checkpoint) as run:
-        for epoch in run.epochs():
-            start = time.perf_counter()
-            batches = run.progress(common.batches(images, options.batch_size, shuffle=True), len(images))
-            means = train_epoch(generator, discriminator, optimizer_g, optimizer_d, batches)
-            images_per_second = len(images) / (time.perf_counter() - start)
+    rng = torch if device.type == "cpu" else torch.get_device_module(device)  # holds the state of randn and the like
+    if checkpoint:
+        folder, rows, steps = common.checkpoint_of(options.resume).parent, checkpoint["metrics"], checkpoint["steps"]
+        common.restore(options.resume, checkpoint, model, [optimizer_g, optimizer_d])
+        if device.type in checkpoint["random_states"]:
+            rng.set_rng_state(checkpoint["random_states"][device.type])
+    else:
+        name = "dcgan" if data.name == "mnist" else f"dcgan-{data.name}"
+        folder, rows, steps = common.new_folder(options.out, name), [], torch.empty(0, 4)
+    config = {key: value for key, value in vars(options).items() if key not in ("out", "resume", "tensorboard")}
+    with common.whole_file(folder / "config.json") as file:
+        file.write(json.dumps({"model": "dcgan", **config}, indent=2).encode())
+    if options.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(folder, purge_step=len(steps) + 1)
+
+    # Fixed codes for the pictures, from a generator of their own: drawing them does not change the training.
+    noise = torch.Generator().manual_seed(options.seed)
+    validation_z = torch.randn(50, options.latent_dim, generator=noise).to(device)
+    saved_at = -math.inf
+    print(f"{folder}: {len(images):,} images of {data.name} on {device}; {len(rows)} epochs are done")
+    print("    epoch  images/s  time left    G loss    D loss  real acc  fake acc")
+    try:
+        for epoch in range(len(rows) + 1, options.epochs + 1):
+            start, sums, numbers = time.perf_counter(), torch.zeros(4, device=device), []
+            model.train()
+            batches = common.batches(images, options.batch_size, shuffle=True)
+            count = math.ceil(len(images) / options.batch_size)
+            for x in tqdm(batches, f"epoch {epoch}", count, leave=False, delay=2, disable=common.NO_BAR):
+                z = torch.randn(len(x), options.latent_dim, device=device)
+                numbers.append(torch.stack(gan_step(generator, discriminator, optimizer_g, optimizer_d, x, z)))
+                sums += len(x) * numbers[-1]
+            g_loss, d_loss, real_acc, fake_acc = (sums / len(images)).tolist()  # the only wait for the device
+            speed = len(images) / (time.perf_counter() - start)
+            numbers = torch.stack(numbers).cpu()
 
             generator.eval()
             with torch.no_grad():
-                run.save_epoch_grid("samples", generator(validation_z))
-            g_loss, d_loss, real_acc, fake_acc = means
-            losses = {
-                "generator/loss": g_loss,
-                "discriminator/loss": d_loss,
-                "discriminator/real_acc": real_acc,
-                "discriminator/fake_acc": fake_acc,
-                "discriminator/overall_acc": (real_acc + fake_acc) / 2,
-            }
-            text = f"G {g_loss:.3f}, D {d_loss:.3f}, accuracy on real {real_acc:.0%}, on fake {fake_acc:.0%}"
-            run.end_epoch(images_per_second, losses, text)
-    if data.warning:
-        print(data.warning, file=sys.stderr)
+                samples = generator(validation_z)
+            samples = common.save_grid(f"{folder}/images/epoch_{epoch:03d}_samples.png", samples)
+
+            seconds = time.perf_counter() - start
+            row = {"epoch": epoch, "seconds": round(seconds, 3), "images_per_second": round(speed)}
+            row |= zip(COLUMNS, (g_loss, d_loss, real_acc, fake_acc))
+            row["discriminator/overall_acc"] = (real_acc + fake_acc) / 2
+            common.check_finite(row | model.state_dict())
+            rows.append(row)
+            common.save_metrics(folder / "metrics.csv", rows)
+            if options.tensorboard:
+                for step, values in enumerate(numbers.tolist(), start=len(steps) + 1):
+                    for name, value in zip(COLUMNS, values):
+                        board.add_scalar(name, value, step)
+                board.add_image("samples", samples, len(steps) + len(numbers))
+                board.flush()
+            steps = torch.cat([steps, numbers])
+            if epoch == options.epochs or time.perf_counter() - saved_at > common.SAVE_EVERY:
+                checkpoint = {
+                    "model": "dcgan",
+                    "config": config,
+                    "image_shape": image_shape,
+                    "state_dict": model.state_dict(),
+                    "optimizers": [optimizer_g.state_dict(), optimizer_d.state_dict()],
+                    "epoch": epoch,
+                    "metrics": rows,
+                    "steps": steps,
+                    "random_states": {device.type: rng.get_rng_state()},
+                }
+                common.save_checkpoint(folder / "checkpoint.pt", checkpoint)
+                saved_at = time.perf_counter()
+
+            left = timedelta(seconds=round(seconds * (options.epochs - epoch)))
+            line = f"{epoch:>5}/{options.epochs:<3} {speed:9,.0f} {left!s:>10} {g_loss:9.3f} {d_loss:9.3f}"
+            print(f"{line} {real_acc:9.1%} {fake_acc:9.1%}", flush=True)
+    except RuntimeError:
+        common.check_finite(model.state_dict())  # binary_cross_entropy refuses nan: did the training diverge?
+        raise
+    except KeyboardInterrupt:
+        command = f"python dcgan.py --resume {shlex.quote(str(folder))}"
+        way_back = f"go on with: {command}" if checkpoint else "nothing was saved yet"
+        raise KeyboardInterrupt(f"interrupted in epoch {epoch}; {way_back}") from None
+    finally:
+        if rows:
+            common.save_curves(folder / "losses.png", rows, CURVES, dict(zip(COLUMNS, steps.T)))
+    print(f"{folder}/: checkpoint.pt, metrics.csv, losses.png, images/")
+    print(f"next: python sample.py {shlex.quote(str(folder))}")
 
 
 if __name__ == "__main__":
-    main()
+    common.run_script(main)

@@ -1,110 +1,110 @@
 """Pictures from a trained VAE or DCGAN: samples, interpolations, reconstructions.
 
-Without a run it takes the newest under runs/. Lightning checkpoints of the lab open as well.
+They are written to the run's folder, or to --out, over those of an earlier call. Without a run it takes the
+newest under runs/. The lab's own checkpoints and a notebook's torch.save(model.state_dict(), ...) open too.
 
     python sample.py                                     # of the newest run
     python sample.py runs/vae-beta10 --images 0 2        # from the first training image to the third
-    python sample.py runs/dcgan --n 64 --slerp --seed 7
+    python sample.py runs/dcgan --n 64 --slerp --out pictures
 """
+
+import argparse
+import os
+from pathlib import Path
 
 import torch
 
 import common
 import dcgan
 import vae
+from common import between
 
 
 def interpolate(z1, z2, steps):
-    """Codes on the straight line from z1 to z2, (latent_dim,) each: alpha = 0, ..., 1; (steps, latent_dim)."""
+    """Codes on the straight line from z1 to z2, each (latent_dim,): alpha = 0, ..., 1; (steps, latent_dim)."""
     alpha = torch.linspace(0, 1, steps, device=z1.device)[:, None]
     return (1 - alpha) * z1 + alpha * z2
 
 
 def slerp(z1, z2, steps):
-    """The same along an arc (Shoemake, 1985).
+    """Codes on the arc from z1 to z2 (Shoemake, 1985): (steps, latent_dim).
 
-    Gaussian codes of many dimensions lie near a sphere, and the middle of a straight line between
-    two of them lies inside it, where the decoder saw none in training.
+    Gaussian codes of many dimensions lie near a sphere. A straight line between two of them passes
+    through its inside, where the decoder saw no codes in training; the arc does not.
     """
     omega = torch.arccos(torch.cosine_similarity(z1, z2, dim=0).clamp(-1, 1))
-    if omega.sin() < 1e-6:  # one direction, or opposite ones: no arc is the shortest
+    if omega.sin() < 1e-6:  # the same direction, or opposite ones: the arc is not defined
         return interpolate(z1, z2, steps)
     alpha = torch.linspace(0, 1, steps, device=z1.device)[:, None]
     return (torch.sin((1 - alpha) * omega) * z1 + torch.sin(alpha * omega) * z2) / torch.sin(omega)
 
 
-def show(paths):
-    from matplotlib import pyplot
-
-    if pyplot.get_backend().lower() == "agg":  # what matplotlib falls back to
-        raise common.Error("--show: no window can be opened here; the pictures are in the files named above")
-    for path in paths:
-        pyplot.figure(path.name)
-        pyplot.imshow(pyplot.imread(path))
-        pyplot.axis("off")
-    pyplot.show()
-
-
-def new_parser():
-    parser = common.new_parser("sample.py", __doc__)
-    parser.add_argument("run", nargs="?", help="a run's folder or a checkpoint (default: the newest under runs/)")
-    add = parser.add_argument_group("pictures").add_argument
-    add("--n", type=common.count, default=24, metavar="N", help="samples, in rows of 8 (default: 24)")
-    add("--steps", type=common.count, default=11, metavar="N", help="of an interpolation (default: 11)")
-    add("--slerp", action="store_true", help="along an arc: Gaussian codes lie near a sphere (default: straight)")
-    add(
-        "--images",
-        type=common.between(int, 0, 10**9),
-        nargs=2,
-        default=[0, 2],
-        metavar=("I", "J"),
-        help="training images to interpolate between, VAE only (default: 0 2)",
+def parse_options(argv):
+    parser = argparse.ArgumentParser(
+        "sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add("--show", action="store_true", help="open a window too (default: no)")
-    common.add_data_options(parser, "the run's own", "the run's own", "the run's folder")
-    return parser
+    parser.add_argument("run", nargs="?", help="a run's folder or a checkpoint (default: the newest under runs/)")
+    parser.add_argument("--n", type=between(int, 1), default=24, help="samples, in rows of 8 (default: 24)")
+    parser.add_argument("--steps", type=between(int, 1), default=11, help="of an interpolation (default: 11)")
+    parser.add_argument("--slerp", action="store_true", help="interpolate on an arc (default: on a straight line)")
+    images = {"type": between(int, 0), "nargs": 2, "metavar": ("I", "J"), "default": [0, 2]}
+    parser.add_argument("--images", **images, help="VAE: training images to interpolate between (default: 0 2)")
+    parser.add_argument("--dataset", choices=[*common.SETS, "digits"], help="VAE: the images (default: the run's)")
+    parser.add_argument("--data", help="the folder of the data sets (default: the run's)")
+    parser.add_argument("--out", type=Path, help="the folder to write to (default: the run's)")
+    parser.add_argument("--seed", type=between(int, 0, 2**63), default=0, help="of the noise (default: 0)")
+    parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="(default: auto)")
+    options = parser.parse_args(argv)
+    if options.run is None:
+        options.run = max(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime, default=None)
+    if options.run is None:
+        parser.error("there is no run under runs/: train one first, or name one")
+    return options
 
 
-@common.one_line_errors("sample.py")
 @torch.inference_mode()
 def main(argv=None):
-    options = new_parser().parse_args(argv)
+    options = parse_options(argv)
     device = common.pick_device(options.device)
-    path = common.find_checkpoint(options.run)
-    kind = common.load_checkpoint(path)["model"]
-    model, config = (vae if kind == "vae" else dcgan).load(path, device)
-    folder = common.picture_folder(options.out, path)
+    folder = options.out or common.checkpoint_of(options.run).parent
     path_between = slerp if options.slerp else interpolate
-    paths = []
+    is_vae = "encoder.mean.weight" in common.load_checkpoint(options.run)["state_dict"]
+    model, config = (vae if is_vae else dcgan).load(options.run, device)
+    latent_dim, image_shape = config["latent_dim"], config["image_shape"]
 
     def decode(z):
-        return model.decoder(z).unflatten(1, config["image_shape"]) if kind == "vae" else model["generator"](z)
+        return model.decoder(z).unflatten(1, image_shape) if is_vae else model["generator"](z)
 
-    def write(name, images, columns):
-        paths.append(folder / name)
-        common.save_grid(paths[-1], images.cpu(), columns)
-        print(paths[-1])
+    def save(name, images, columns):
+        common.save_grid(folder / name, images, columns)
+        print(folder / name)
 
-    z = common.fixed_codes(options.n + 2, config["latent_dim"], options.seed).to(device)
-    write("samples.png", decode(z[2:]), 8)
-    write("interpolation.png", decode(path_between(z[0], z[1], options.steps)), options.steps)
+    generator = torch.Generator().manual_seed(options.seed)  # on the CPU: the same noise for every device
+    z = torch.randn(options.n + 2, latent_dim, generator=generator).to(device)
+    save("samples.png", decode(z[2:]), 8)
+    save("interpolation.png", decode(path_between(z[0], z[1], options.steps)), options.steps)
 
-    if kind == "vae":
-        data = common.images_for(options, config)
+    if is_vae:
+        data = common.load_dataset(
+            options.dataset or config["dataset"], options.data or config["data"], image_shape[-1]
+        )
+        if data.train.shape[1:] != image_shape:
+            raise common.Error(
+                f"the images of {data.name} are {tuple(data.train.shape[1:])}, the model's {image_shape}"
+            )
         if max(options.images) >= len(data.train):
-            raise common.Error(f"--images: {data.name} has {len(data.train)} training images, counted from 0", 2)
-        originals = data.train[options.images].to(device) / 255
-        codes, _ = model.encoder(originals.flatten(1))
-        between = decode(path_between(codes[0], codes[1], options.steps))
-        tiles = torch.cat([originals[:1], between, originals[1:]])
-        write("interpolation_digits.png", tiles, len(tiles))
+            raise common.Error(f"--images: {data.name} has {len(data.train)} training images, counted from 0")
+        ends = data.train[options.images].to(device) / 255
+        mean, _ = model.encoder(ends.flatten(1))
+        row = torch.cat([ends[:1], decode(path_between(mean[0], mean[1], options.steps)), ends[1:]])
+        save("interpolation_digits.png", row, len(row))
 
         x = data.test[:50].to(device) / 255
-        mean, _ = model.encoder(x.flatten(1))
-        write("reconstructions.png", common.pairs(x, decode(mean)), 10)
-    if options.show:
-        show(paths)
+        mean, log_var = model.encoder(x.flatten(1))
+        epsilon = torch.randn(mean.shape, generator=generator).to(device)
+        z = mean if config["autoencoder"] else mean + torch.exp(0.5 * log_var) * epsilon
+        save("reconstructions.png", vae.pairs(x, decode(z)), 10)
 
 
 if __name__ == "__main__":
-    main()
+    common.run_script(main)

@@ -1,28 +1,32 @@
-"""t-SNE of what a VAE's encoder makes of the test images, coloured by class (van der Maaten and Hinton, 2008).
+"""t-SNE (van der Maaten and Hinton, 2008) of a VAE's codes of the test images, coloured by class.
 
-Without a run it takes the newest VAE under runs/. The number that goes with the picture is the
-accuracy of the nearest neighbour: how often the closest other code has the same class.
+Without a run it takes the newest VAE under runs/. Beside the map it gives the accuracy of the nearest
+neighbour, how often the closest other code has the same class, and how many dimensions of z are in use.
 
     python tsne.py                                       # the means, as in the lab
-    python tsne.py runs/vae-beta1 --codes std            # would the standard deviations do?
-    python tsne.py runs/vae-beta1 --codes pixels         # and no encoder at all?
+    python tsne.py runs/vae-beta1 --codes std            # the standard deviations instead
+    python tsne.py runs/vae-beta1 --codes pixels         # the images themselves
 """
+
+import argparse
+import os
+from pathlib import Path
 
 import torch
 
 import common
 import vae
+from common import between
 
 
-def codes_of(model, x, which):
-    """What stands for each image of x (N, input_dim): its mean, sample or std (N, latent_dim), or its pixels."""
-    mean, log_var = model.encoder(x)
-    std = torch.exp(0.5 * log_var)
-    return {"mean": mean, "sample": vae.reparameterize(mean, std), "std": std, "pixels": x}[which]
+def dimensions_in_use(mean, log_var, threshold=0.01):
+    """How many of the latent_dim columns have a mean KL divergence above the threshold, in nats per image."""
+    kl = -0.5 * (1 + log_var - mean**2 - log_var.exp()).mean(0)
+    return (kl > threshold).sum().item()
 
 
 def nearest_neighbour_accuracy(codes, labels):
-    """The share of codes (N, D) whose nearest other code has their label."""
+    """The share of codes (N, D) whose nearest other code has the same label (N,)."""
     from sklearn.neighbors import NearestNeighbors
 
     nearest = NearestNeighbors(n_neighbors=1).fit(codes).kneighbors(return_distance=False)[:, 0]
@@ -30,7 +34,7 @@ def nearest_neighbour_accuracy(codes, labels):
 
 
 def draw(points, labels, classes, title):
-    """A figure of points (N, 2), a colour a class."""
+    """A matplotlib figure of points (N, 2), with a colour for each class; labels (N,) index classes."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -39,62 +43,76 @@ def draw(points, labels, classes, title):
     colours = colormaps["tab10" if len(classes) <= 10 else "gist_rainbow"].resampled(len(classes))
     for label, name in enumerate(classes):
         axes.scatter(*points[labels == label].T, s=12, color=colours(label), label=name)
-    # distances and directions on the map have no unit and no meaning; only who is near whom has
-    axes.set(title=title, xticks=[], yticks=[], aspect="equal")
+    axes.set(title=title, xticks=[], yticks=[], aspect="equal")  # only who is near whom has a meaning
     columns = 1 + (len(classes) - 1) // 25
     figure.legend(loc="outside right upper", fontsize="small" if columns == 1 else 5, ncols=columns)
     return figure
 
 
-def new_parser():
-    parser = common.new_parser("tsne.py", __doc__)
-    parser.add_argument("run", nargs="?", help="a run's folder or a checkpoint (default: the newest VAE under runs/)")
-    add = parser.add_argument_group("map").add_argument
-    codes = ["mean", "sample", "std", "pixels"]
-    perplexity = common.between(float, 1, 10**6)
-    add("--codes", choices=codes, default="mean", help="what stands for an image (default: mean)")
-    add("--n", type=common.between(int, 3), default=1000, metavar="N", help="test images (default: 1000)")
-    add(
-        "--perplexity", type=perplexity, default=30.0, metavar="P", help="about how many neighbours count (default: 30)"
+def parse_options(argv):
+    parser = argparse.ArgumentParser(
+        "tsne.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    common.add_data_options(parser, "the run's own", "the run's own", "the run's folder")
-    return parser
+    codes = ["mean", "sample", "std", "pixels"]
+    parser.add_argument("run", nargs="?", help="a run's folder or a checkpoint (default: the newest VAE under runs/)")
+    parser.add_argument("--codes", choices=codes, default="mean", help="what stands for an image (default: mean)")
+    parser.add_argument("--n", type=between(int, 3), default=1000, help="test images on the map (default: 1000)")
+    parser.add_argument(
+        "--perplexity", type=between(float, 1), default=30.0, help="neighbours that count (default: 30)"
+    )
+    parser.add_argument("--dataset", choices=[*common.SETS, "digits"], help="the images (default: the run's)")
+    parser.add_argument("--data", help="the folder of the data sets (default: the run's)")
+    parser.add_argument("--out", type=Path, help="the folder to write to (default: the run's)")
+    parser.add_argument("--seed", type=between(int, 0, 2**32), default=0, help="of all random numbers (default: 0)")
+    parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="(default: auto)")
+    options = parser.parse_args(argv)
+    if options.run is None:
+        newest_first = sorted(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime, reverse=True)
+        options.run = next((run for run in newest_first if common.load_checkpoint(run).get("model") == "vae"), None)
+    if options.run is None:
+        parser.error("there is no VAE under runs/: train one first, or name one")
+    return options
 
 
-@common.one_line_errors("tsne.py")
 @torch.inference_mode()
 def main(argv=None):
-    options = new_parser().parse_args(argv)
+    options = parse_options(argv)
     device = common.pick_device(options.device)
-    path = common.find_checkpoint(options.run, "vae")
-    if common.load_checkpoint(path)["model"] == "dcgan":
-        raise common.Error(f"{path} holds a GAN, which has no encoder to give codes of images; name a VAE", 2)
-    model, config = vae.load(path, device)
-    folder = common.picture_folder(options.out, path)
+    folder = options.out or common.checkpoint_of(options.run).parent
+    model, config = vae.load(options.run, device)
     if config["autoencoder"] and options.codes in ("sample", "std"):
-        raise common.Error(f"--codes {options.codes}: an autoencoder has no variance; use mean or pixels", 2)
-    data = common.images_for(options, config)
+        raise common.Error(f"--codes {options.codes}: an autoencoder has no variance; use mean or pixels")
+    shape = config["image_shape"]
+    data = common.load_dataset(options.dataset or config["dataset"], options.data or config["data"], shape[-1])
+    if data.test.shape[1:] != shape:
+        raise common.Error(f"the images of {data.name} are {tuple(data.test.shape[1:])}, the model's are {shape}")
     n = min(options.n, len(data.test))
     if options.perplexity >= n:
-        raise common.Error(f"--perplexity must be below the number of images, {n}", 2)
+        raise common.Error(f"--perplexity must be below the number of images, {n}")
 
     torch.manual_seed(options.seed)
-    chosen = torch.randperm(len(data.test))[:n]
-    x = data.test[chosen].to(device).flatten(1) / 255
-    codes = codes_of(model, x, options.codes).cpu().numpy()
-    labels = data.test_labels[chosen].numpy()
+    x = data.test.to(device).flatten(1) / 255
+    mean, log_var = model.encoder(x)
+    std = torch.exp(0.5 * log_var)
+    codes = {"mean": mean, "sample": vae.reparameterize(mean, std), "std": std, "pixels": x}[options.codes]
+    chosen = torch.randperm(len(x))[:n]
+    codes, labels = codes.cpu()[chosen].numpy(), data.test_labels[chosen].numpy()
 
     from sklearn.manifold import TSNE
 
     init = "pca" if codes.shape[1] > 1 else "random"
-    tsne = TSNE(2, perplexity=options.perplexity, init=init, random_state=options.seed % 2**32)
-    points = tsne.fit_transform(codes)
-    accuracies = [nearest_neighbour_accuracy(x, labels) for x in (codes, points)]
-    text = "1-nearest-neighbour accuracy {:.1%} of the codes, {:.1%} of the map".format(*accuracies)
-    picture = folder / f"tsne_{options.codes}.png"
-    common.save_figure(picture, draw(points, labels, data.classes, f"{options.codes} of {n} test images\n{text}"))
-    print(f"{options.codes}: {text}\n{picture}")
+    points = TSNE(2, perplexity=options.perplexity, init=init, random_state=options.seed).fit_transform(codes)
+    of_codes, of_map = (nearest_neighbour_accuracy(x, labels) for x in (codes, points))
+    text = f"1-nearest-neighbour accuracy {of_codes:.1%} of the codes, {of_map:.1%} on the map"
+    path = folder / f"tsne_{options.codes}.png"
+    with common.whole_file(path) as file:
+        draw(points, labels, data.classes, f"{options.codes} of {n} test images\n{text}").savefig(file, dpi=150)
+    print(f"{options.codes}: {text}")
+    if not config["autoencoder"]:
+        used = dimensions_in_use(mean, log_var)
+        print(f"{used} of the {mean.shape[1]} dimensions of z carry more than 0.01 nats ({len(x):,} test images)")
+    print(path)
 
 
 if __name__ == "__main__":
-    main()
+    common.run_script(main)

@@ -1,16 +1,15 @@
 """Variational Autoencoder (Kingma and Welling, 2013) on MNIST, in plain PyTorch.
 
-The encoder maps an image x to a Gaussian, the decoder maps a sample z of it back to an image,
-and both are trained to minimise
+The encoder maps an image x to a Gaussian N(mean, std^2), the decoder maps a sample z of it back to
+an image x_pred, and both are trained to minimise
 
     BCE(x_pred, x) + beta * KL(N(mean, std^2) || N(0, 1))     with  z = mean + std * epsilon
 
     python vae.py --beta 10                    # the lab's run: 150 epochs, fully connected
     python vae.py --arch conv --beta 1         # convolutions, and the loss of the paper
-    python vae.py --autoencoder --epochs 20    # what a VAE is without the V
+    python vae.py --autoencoder --epochs 20    # a plain autoencoder, to compare with
 
-Everything above the line "=== Script" needs only torch: paste it into a notebook cell, and train
-with a DataLoader of your own.
+Everything above the line "=== Script" needs only torch and can be pasted into a notebook.
 """
 
 import torch
@@ -19,7 +18,7 @@ from torch import nn
 
 
 class Encoder(nn.Module):
-    """x (N, input_dim) -> mean and log_var of q(z|x), each (N, latent_dim)."""
+    """Images x (N, input_dim) -> mean and log_var of q(z|x), each (N, latent_dim)."""
 
     def __init__(self, input_dim, hidden_dim, latent_dim):
         super().__init__()
@@ -30,16 +29,15 @@ class Encoder(nn.Module):
             nn.ReLU(),
         )
         self.mean = nn.Linear(hidden_dim, latent_dim)
-        self.log_var = nn.Linear(hidden_dim, latent_dim)  # a logarithm may take any sign
+        self.log_var = nn.Linear(hidden_dim, latent_dim)  # no activation: a log variance may be negative
 
     def forward(self, x):
         h = self.backbone(x)
-        # under autocast, back from bf16 to the precision that the losses need
-        return self.mean(h).to(x.dtype), self.log_var(h).to(x.dtype)
+        return self.mean(h), self.log_var(h)
 
 
 class Decoder(nn.Module):
-    """z (N, latent_dim) -> x_pred (N, output_dim), gray levels in 0..1."""
+    """Codes z (N, latent_dim) -> x_pred (N, output_dim), gray levels in 0..1."""
 
     def __init__(self, latent_dim, hidden_dim, output_dim):
         super().__init__()
@@ -52,23 +50,25 @@ class Decoder(nn.Module):
         )
 
     def forward(self, z):
-        logits = self.backbone(z).to(z.dtype)  # a sigmoid in bf16 would be 1 from a logit of 6 on
-        return torch.sigmoid(logits)
+        return torch.sigmoid(self.backbone(z))
 
 
 def reparameterize(mean, std):
-    """Sample z ~ N(mean, std^2) so that gradients reach mean and std: the reparameterization trick."""
-    epsilon = torch.randn_like(std)  # all the randomness, and nothing to learn
+    """Sample z ~ N(mean, std^2), all (N, latent_dim), as mean + std * epsilon with epsilon ~ N(0, 1).
+
+    The noise does not depend on the parameters, so gradients reach mean and std.
+    """
+    epsilon = torch.randn_like(std)
     return mean + std * epsilon
 
 
 class VAE(nn.Module):
-    """x (N, input_dim) -> x_pred (N, output_dim), mean and log_var (N, latent_dim)."""
+    """x (N, input_dim) -> x_pred (N, input_dim), mean and log_var (N, latent_dim)."""
 
-    def __init__(self, input_dim, hidden_dim, latent_dim, output_dim):
+    def __init__(self, encoder, decoder):
         super().__init__()
-        self.encoder = Encoder(input_dim, hidden_dim, latent_dim)
-        self.decoder = Decoder(latent_dim, hidden_dim, output_dim)
+        self.encoder = encoder
+        self.decoder = decoder
 
     def forward(self, x):
         mean, log_var = self.encoder(x)
@@ -78,15 +78,64 @@ class VAE(nn.Module):
         return x_pred, mean, log_var
 
 
+def reconstruction_loss(x_pred, x):
+    """Binary cross-entropy of x_pred and x, both (N, input_dim) in 0..1, in nats, summed over the batch.
+
+    With gray levels as targets this is not a true log-likelihood, and the "ELBO" not a true bound;
+    it is the convention of the lab and of most VAE code on MNIST.
+    """
+    return F.binary_cross_entropy(x_pred, x, reduction="sum")
+
+
+def kl_divergence(mean, log_var):
+    """KL(N(mean, var) || N(0, 1)) in nats, summed over the batch (Kingma and Welling, appendix B)."""
+    return -0.5 * torch.sum(1 + log_var - mean**2 - log_var.exp())
+
+
+def vae_step(model, optimizer, x, beta):
+    """One update on x (N, input_dim); returns the reconstruction and KL sums, detached, on the device."""
+    x_pred, mean, log_var = model(x)
+    reconstruction = reconstruction_loss(x_pred, x)
+    kl = kl_divergence(mean, log_var)
+    loss = reconstruction + beta * kl
+
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return reconstruction.detach(), kl.detach()
+
+
+@torch.no_grad()
+def evaluate(model, batches, beta):
+    """Mean reconstruction, KL and loss, in nats per image, with z sampled as in training.
+
+    A batch is a tensor of images (N, ...) in 0..1 or an (images, labels) pair. Leaves the model in eval mode.
+    """
+    device = next(model.parameters()).device
+    sums, images = torch.zeros(2, device=device), 0
+    model.eval()
+    for batch in batches:
+        x = batch[0] if isinstance(batch, (list, tuple)) else batch
+        x = x.to(device).flatten(1)
+        x_pred, mean, log_var = model(x)
+        sums += torch.stack([reconstruction_loss(x_pred, x), kl_divergence(mean, log_var)])
+        images += len(x)
+    reconstruction, kl = (sums / images).tolist()
+    return reconstruction, kl, reconstruction + beta * kl
+
+
+# --- The lab's exercises: other parts for the same VAE ---
+
+
 class ConvEncoder(nn.Module):
-    """The encoder over convolutions: x is still flat, (N, C * H * W); H and W are multiples of 4."""
+    """Encoder with convolutions: x (N, C * H * W), H and W multiples of 4 -> mean, log_var (N, latent_dim)."""
 
     def __init__(self, img_shape, hidden_dim, latent_dim):
         super().__init__()
         channels, height, width = img_shape
         self.backbone = nn.Sequential(
             nn.Unflatten(1, img_shape),
-            nn.Conv2d(channels, 16, 3, stride=2, padding=1),  # halves the map: 28x28 -> 14x14
+            nn.Conv2d(channels, 16, 3, stride=2, padding=1),  # 28x28 -> 14x14
             nn.BatchNorm2d(16),
             nn.LeakyReLU(0.2),
             nn.Conv2d(16, 32, 3, stride=2, padding=1),  # 14x14 -> 7x7
@@ -99,11 +148,13 @@ class ConvEncoder(nn.Module):
         self.mean = nn.Linear(hidden_dim, latent_dim)
         self.log_var = nn.Linear(hidden_dim, latent_dim)
 
-    forward = Encoder.forward  # word for word the same, over other layers
+    def forward(self, x):
+        h = self.backbone(x)
+        return self.mean(h), self.log_var(h)
 
 
 class ConvDecoder(nn.Module):
-    """The encoder's mirror, in the manner of the DCGAN's generator; x_pred is flat, (N, C * H * W)."""
+    """The mirror of ConvEncoder: z (N, latent_dim) -> x_pred (N, C * H * W), in 0..1."""
 
     def __init__(self, latent_dim, hidden_dim, img_shape):
         super().__init__()
@@ -115,35 +166,24 @@ class ConvDecoder(nn.Module):
             nn.Unflatten(1, (32, height // 4, width // 4)),
             nn.BatchNorm2d(32),
             nn.LeakyReLU(0.2),
-            # each upsamples and convolves at once, as UpsampleConv2d in dcgan.py, with a 4x4 kernel of its own
-            nn.ConvTranspose2d(32, 32, 4, stride=2, padding=1),  # doubles the map: 7x7 -> 14x14
+            nn.ConvTranspose2d(32, 32, 4, stride=2, padding=1),  # 7x7 -> 14x14
             nn.BatchNorm2d(32),
             nn.LeakyReLU(0.2),
             nn.ConvTranspose2d(32, 16, 4, stride=2, padding=1),  # 14x14 -> 28x28
             nn.BatchNorm2d(16),
             nn.LeakyReLU(0.2),
-            nn.Conv2d(16, channels, 3, padding=1),  # strokes are finished at full size
+            nn.Conv2d(16, channels, 3, padding=1),
             nn.Flatten(),
         )
 
-    forward = Decoder.forward
-
-
-class ConvVAE(nn.Module):
-    """The VAE with convolutional networks; takes and returns the same flat rows."""
-
-    def __init__(self, img_shape, hidden_dim, latent_dim):
-        super().__init__()
-        self.encoder = ConvEncoder(img_shape, hidden_dim, latent_dim)
-        self.decoder = ConvDecoder(latent_dim, hidden_dim, img_shape)
-
-    forward = VAE.forward
+    def forward(self, z):
+        return torch.sigmoid(self.backbone(z))
 
 
 class Autoencoder(VAE):
     """A plain autoencoder: z is the mean, and nothing is sampled. Train it with beta = 0.
 
-    There is no variance to report; with log_var = 0 the "KL" is half the squared length of the mean.
+    It returns a log_var of 0 in place of the encoder's, which it does not use.
     """
 
     def forward(self, x):
@@ -152,187 +192,231 @@ class Autoencoder(VAE):
         return x_pred, mean, torch.zeros_like(mean)
 
 
-class ConvAutoencoder(ConvVAE):
-    """The plain autoencoder with convolutional networks."""
-
-    forward = Autoencoder.forward
-
-
-def reconstruction_loss(x_pred, x):
-    """Binary cross-entropy of x_pred against x, both (N, input_dim) in 0..1; nats, summed over the batch.
-
-    With gray targets this is not a log-likelihood, nor the "ELBO" a bound; it is the convention
-    of the lab and of most VAE code on MNIST.
-    """
-    return F.binary_cross_entropy(x_pred, x, reduction="sum")
-
-
-def kl_divergence(mean, log_var):
-    """KL(N(mean, var) || N(0, 1)), nats, summed over the batch (Kingma and Welling, appendix B)."""
-    return -0.5 * torch.sum(1 + log_var - mean**2 - log_var.exp())
-
-
-def train_step(model, optimizer, x, beta):
-    """One update on x (N, input_dim); the batch's reconstruction and KL sums, detached, on the device."""
-    x_pred, mean, log_var = model(x)
-    reconstruction = reconstruction_loss(x_pred, x)
-    kl = kl_divergence(mean, log_var)
-    loss = reconstruction + beta * kl
-
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return reconstruction.detach(), kl.detach()
-
-
-def flat_images(batch, device):
-    """The images of a batch, or of an (images, labels) pair, on the device as rows (N, input_dim)."""
-    x = batch[0] if isinstance(batch, (list, tuple)) else batch
-    return x.to(device).flatten(1)
-
-
-def train_epoch(model, optimizer, batches, beta, step=train_step):
-    """One pass over the batches; mean reconstruction, KL and loss, in nats per image."""
-    device = next(model.parameters()).device
-    sums, images = torch.zeros(2, device=device), 0
-    model.train()
-    for batch in batches:
-        x = flat_images(batch, device)
-        sums += torch.stack(step(model, optimizer, x, beta))
-        images += len(x)
-    reconstruction, kl = (sums / images).tolist()  # the only wait for the device in an epoch
-    return reconstruction, kl, reconstruction + beta * kl
-
-
-@torch.no_grad()
-def evaluate(model, batches, beta):
-    """Mean reconstruction, KL and loss in nats per image, with z sampled as in training."""
-    device = next(model.parameters()).device
-    sums, images = torch.zeros(2, device=device), 0
-    model.eval()
-    for batch in batches:
-        x = flat_images(batch, device)
-        x_pred, mean, log_var = model(x)
-        sums += torch.stack([reconstruction_loss(x_pred, x), kl_divergence(mean, log_var)])
-        images += len(x)
-    reconstruction, kl = (sums / images).tolist()
-    return reconstruction, kl, reconstruction + beta * kl
-
-
 # === Script ===
-# Options, data, progress and files. None of it is needed to train in a notebook.
+# Options, data, speed and files. None of it is needed in a notebook.
 
+import argparse
+import importlib.util
+import json
 import math
-import sys
+import shlex
 import time
+from datetime import timedelta
+
+from tqdm import tqdm
 
 import common
+from common import between
 
 COLUMNS = [f"{split}/{name}" for split in ("train", "val") for name in ("reconstruction_loss", "kl_loss", "loss")]
 CURVES = {
     "reconstruction, nats per image": ["train/reconstruction_loss", "val/reconstruction_loss"],
     "KL divergence, nats per image": ["train/kl_loss", "val/kl_loss"],
-    "loss = reconstruction + beta KL": ["train/loss", "val/loss"],
+    "loss = reconstruction + beta * KL": ["train/loss", "val/loss"],
 }
 
 
-def new_parser():
-    parser = common.new_parser("vae.py", __doc__)
-    group = parser.add_argument_group("model")
-    add = group.add_argument
-    add("--arch", choices=["fc", "conv"], default="fc", help="fully connected or convolutional (default: fc)")
-    add("--hidden-dim", type=common.count, default=512, metavar="N", help="width of the layers (default: 512)")
-    add("--latent-dim", type=common.count, default=128, metavar="N", help="size of z (default: 128)")
-    loss = group.add_mutually_exclusive_group()
-    beta = common.between(float, 0)
-    loss.add_argument("--beta", type=beta, default=10.0, metavar="B", help="weight of the KL divergence (default: 10)")
-    loss.add_argument("--autoencoder", action="store_true", help="no sampling and no KL divergence (default: a VAE)")
-    common.add_training_options(parser, batch_size="1024, on digits 64", lr=1e-3)
-    common.add_data_options(parser, "mnist, or digits if it cannot be had", "data", "runs/vae-beta10 and the like")
-    return parser
+def parse_options(argv):
+    """The options and, with --resume, the checkpoint of that run, whose options are then the defaults."""
+    parser = argparse.ArgumentParser(
+        "vae.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    loss, folder = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
+    loss.add_argument("--beta", type=between(float, 0), default=10.0, help="weight of the KL divergence (default: 10)")
+    loss.add_argument("--autoencoder", action="store_true", help="no sampling, no KL divergence (default: a VAE)")
+    parser.add_argument("--arch", choices=["fc", "conv"], default="fc", help="fully connected or not (default: fc)")
+    parser.add_argument("--hidden-dim", type=between(int, 1), default=512, help="width of the layers (default: 512)")
+    parser.add_argument("--latent-dim", type=between(int, 1), default=128, help="size of z (default: 128)")
+    parser.add_argument("--epochs", type=between(int, 1), default=150, help="passes over the images (default: 150)")
+    parser.add_argument("--batch-size", type=between(int, 1), help="images per step (default: 1024; 64 on digits)")
+    parser.add_argument("--lr", type=between(float, 1e-12), default=1e-3, help="Adam's learning rate (default: 0.001)")
+    parser.add_argument("--seed", type=between(int, 0, 2**63), default=0, help="of all random numbers (default: 0)")
+    parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="(default: auto)")
+    parser.add_argument("--dataset", choices=[*common.SETS, "digits"], help="(default: mnist, or else digits)")
+    parser.add_argument("--data", default="data", help="the folder of the data sets (default: data)")
+    parser.add_argument("--subset", type=between(int, 1), help="train on the first N images (default: all)")
+    folder.add_argument("--out", help="a new folder for the run (default: runs/vae-beta10 and the like)")
+    folder.add_argument(
+        "--resume", metavar="RUN", help="go on with a run; its options are the defaults (default: none)"
+    )
+    parser.add_argument("--bf16", action="store_true", help="bfloat16, if faster (default: float32, TF32 on CUDA)")
+    parser.add_argument("--tensorboard", action="store_true", help="log for TensorBoard too (default: no)")
+    options = parser.parse_args(argv)
+    if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        parser.error("--tensorboard needs a package that is not installed: pip install tensorboard")
+    if options.resume is None:
+        return options, None
+    checkpoint = common.load_checkpoint(options.resume)
+    if checkpoint.get("model") != "vae":
+        raise common.Error(f"{options.resume} is no run of vae.py: there is nothing to resume")
+    parser.set_defaults(**checkpoint["config"])
+    return parser.parse_args(argv), checkpoint
 
 
-def build(image_shape, arch, autoencoder, hidden_dim, latent_dim):
-    """The network that the options ask for, on flat rows of images of that shape."""
-    if arch == "conv":
-        return (ConvAutoencoder if autoencoder else ConvVAE)(image_shape, hidden_dim, latent_dim)
-    input_dim = math.prod(image_shape)
-    return (Autoencoder if autoencoder else VAE)(input_dim, hidden_dim, latent_dim, input_dim)
+def build(image_shape, config):
+    """The network that the options in config ask for, on flat images of that shape (C, H, W)."""
+    hidden_dim, latent_dim = config["hidden_dim"], config["latent_dim"]
+    if config["arch"] == "conv":
+        encoder = ConvEncoder(image_shape, hidden_dim, latent_dim)
+        decoder = ConvDecoder(latent_dim, hidden_dim, image_shape)
+    else:
+        encoder = Encoder(math.prod(image_shape), hidden_dim, latent_dim)
+        decoder = Decoder(latent_dim, hidden_dim, math.prod(image_shape))
+    return Autoencoder(encoder, decoder) if config["autoencoder"] else VAE(encoder, decoder)
 
 
 def load(path, device="cpu"):
-    """The model of a checkpoint, in eval mode, and its config, of which "image_shape" is a part.
+    """The model of a run or a checkpoint, in eval mode, and its config, with "image_shape" in it.
 
-    path is a run, a checkpoint, or a Lightning checkpoint of the lab, whose sizes are read off its
-    tensors. Raises common.Error if it is none of these.
+    Weights without a config, as the lab's are, must be of the fully connected VAE. Raises common.Error.
     """
-    checkpoint = common.load_checkpoint(path, "vae", device)
-    config = {"dataset": "mnist", "arch": "fc", "autoencoder": False, **checkpoint["config"]}
+    checkpoint = common.load_checkpoint(path, device)
     weights = checkpoint["state_dict"]
-    try:
-        config["latent_dim"], config["hidden_dim"] = weights["encoder.mean.weight"].shape
-        if "image_shape" in checkpoint:
-            config["image_shape"] = tuple(checkpoint["image_shape"])
-        else:
-            input_dim = weights["encoder.backbone.0.weight"].shape[1]
-            channels = 1 if math.isqrt(input_dim) ** 2 == input_dim else 3
-            side = math.isqrt(input_dim // channels)
-            config["image_shape"] = (channels, side, side)
-        sizes = {name: config[name] for name in ("image_shape", "arch", "autoencoder", "hidden_dim", "latent_dim")}
-        model = build(**sizes)
-        model.load_state_dict(weights)
-    except (LookupError, AttributeError, RuntimeError, TypeError, ValueError):
-        raise common.Error(f"{path}: its tensors are not those of a VAE of this project or of the lab", 2) from None
-    return model.to(device).eval(), config
+    if checkpoint.get("model") == "vae":
+        config = {**checkpoint["config"], "image_shape": tuple(checkpoint["image_shape"])}
+    elif "encoder.mean.weight" in weights and "encoder.backbone.0.weight" in weights:
+        latent_dim, hidden_dim = weights["encoder.mean.weight"].shape
+        side = math.isqrt(weights["encoder.backbone.0.weight"].shape[1])
+        config = {"arch": "fc", "autoencoder": False, "hidden_dim": hidden_dim, "latent_dim": latent_dim}
+        config |= {"image_shape": (1, side, side), "dataset": "mnist", "data": "data"}
+    else:
+        raise common.Error(f"{path} holds no VAE")
+    model = build(config["image_shape"], config).to(device)
+    common.restore(path, checkpoint, model)
+    return model.eval(), config
 
 
-@common.one_line_errors("vae.py")
-def main(argv=None):
-    options, checkpoint = common.parse_training_options(new_parser(), argv, "vae")
-    device = common.set_up(options)
-    if options.autoencoder:
-        options.beta = 0.0
-
-    data = common.load_dataset(options.dataset, options.data)
-    options.dataset = data.name
-    options.batch_size = options.batch_size or (64 if data.name == "digits" else 1024)
-    train_images, test_images = data.train[: options.subset].to(device), data.test.to(device)
-    image_shape = tuple(train_images.shape[1:])
-
-    model = build(image_shape, options.arch, options.autoencoder, options.hidden_dim, options.latent_dim)
+def speed_up(model, device, bf16):
+    """Let the device compute the same faster: in another order in memory, in TF32, or in bfloat16."""
     if device.type == "cpu":
-        model.to(memory_format=torch.channels_last)  # pixel by pixel in memory: quicker to convolve
-    model.to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
-    if options.bf16:
+        model.to(memory_format=torch.channels_last)  # for the convolutions, which read all channels of a pixel
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
+    if bf16:
         for network in (model.encoder, model.decoder):
             network.forward = torch.autocast(device.type, torch.bfloat16)(network.forward)
+        for layer in (model.encoder.mean, model.encoder.log_var, model.decoder.backbone):
+            layer.register_forward_hook(lambda layer, inputs, output: output.float())  # the losses need float32
 
-    run_name = "vae-conv" if options.arch == "conv" else "vae"
-    run_name += "-autoencoder" if options.autoencoder else f"-beta{options.beta:g}"
-    run_name += "" if data.name == "mnist" else f"-{data.name}"
-    x = test_images[:50].flatten(1) / 255
-    z = common.fixed_codes(50, options.latent_dim, options.seed).to(device)
-    with common.Run("vae.py", run_name, options, image_shape, model, [optimizer], CURVES, checkpoint) as run:
-        for epoch in run.epochs():
-            start = time.perf_counter()
-            batches = run.progress(common.batches(train_images, options.batch_size, shuffle=True), len(train_images))
-            train_losses = train_epoch(model, optimizer, batches, options.beta)
-            images_per_second = len(train_images) / (time.perf_counter() - start)
-            val_losses = evaluate(model, common.batches(test_images, options.batch_size), options.beta)
+
+def pairs(images, reconstructions):
+    """Rows of ten images, each above the row of their reconstructions."""
+    rows = zip(images.split(10), reconstructions.split(10))
+    return torch.cat([row for pair in rows for row in pair])
+
+
+def main(argv=None):
+    options, checkpoint = parse_options(argv)
+    device = common.pick_device(options.device)
+    options.bf16 = options.bf16 and common.bf16_pays(device)
+    options.beta = 0.0 if options.autoencoder else options.beta
+    torch.manual_seed(options.seed)
+
+    data = common.load_dataset(options.dataset, options.data)
+    train_images, test_images = data.train[: options.subset].to(device), data.test.to(device)
+    image_shape = tuple(train_images.shape[1:])
+    options.dataset = data.name
+    options.batch_size = options.batch_size or (64 if data.name == "digits" else 1024)
+
+    model = build(image_shape, vars(options)).to(device)
+    speed_up(model, device, options.bf16)
+    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
+
+    rng = torch if device.type == "cpu" else torch.get_device_module(device)  # holds the state of randn and the like
+    if checkpoint:
+        folder, rows = common.checkpoint_of(options.resume).parent, checkpoint["metrics"]
+        common.restore(options.resume, checkpoint, model, [optimizer])
+        if device.type in checkpoint["random_states"]:
+            rng.set_rng_state(checkpoint["random_states"][device.type])
+    else:
+        name = "vae-conv" if options.arch == "conv" else "vae"
+        name += "-autoencoder" if options.autoencoder else f"-beta{options.beta:g}"
+        name += f"-{data.name}" if data.name != "mnist" else ""
+        folder, rows = common.new_folder(options.out, name), []
+    config = {key: value for key, value in vars(options).items() if key not in ("out", "resume", "tensorboard")}
+    with common.whole_file(folder / "config.json") as file:
+        file.write(json.dumps({"model": "vae", **config}, indent=2).encode())
+    if options.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(folder, purge_step=len(rows) + 1)
+
+    # Fixed noise for the pictures, from a generator of its own: drawing them does not change the training.
+    fixed_x = test_images[:50] / 255
+    generator = torch.Generator().manual_seed(options.seed)
+    fixed_z, fixed_epsilon = torch.randn(2, len(fixed_x), options.latent_dim, generator=generator).to(device)
+    saved_at = -math.inf
+    print(f"{folder}: {len(train_images):,} images of {data.name} on {device}; {len(rows)} epochs are done")
+    equation = "" if options.autoencoder else " = BCE + beta * KL"
+    print(f"    epoch  images/s  time left     train      test{equation}")
+    try:
+        for epoch in range(len(rows) + 1, options.epochs + 1):
+            start, sums = time.perf_counter(), torch.zeros(2, device=device)
+            model.train()
+            batches = common.batches(train_images, options.batch_size, shuffle=True)
+            steps = math.ceil(len(train_images) / options.batch_size)
+            for x in tqdm(batches, f"epoch {epoch}", steps, leave=False, delay=2, disable=common.NO_BAR):
+                sums += torch.stack(vae_step(model, optimizer, x.flatten(1), options.beta))
+            reconstruction, kl = (sums / len(train_images)).tolist()  # the only wait for the device
+            speed = len(train_images) / (time.perf_counter() - start)
+            train = reconstruction, kl, reconstruction + options.beta * kl
+            test = evaluate(model, common.batches(test_images, options.batch_size), options.beta)
 
             with torch.no_grad():
-                mean, log_var = model.encoder(x)
-                x_pred = model.decoder(mean)
-                run.save_epoch_grid("reconstructions", common.pairs(x, x_pred).unflatten(1, image_shape))
-                run.save_epoch_grid("samples", model.decoder(z).unflatten(1, image_shape))
-            losses = dict(zip(COLUMNS, train_losses + val_losses))
-            reconstruction, kl, loss = val_losses
-            equation = f"test {reconstruction:.2f} + {options.beta:g} * {kl:.2f} = {loss:.2f}"
-            run.end_epoch(images_per_second, losses, f"train {train_losses[2]:.2f}, {equation}")
-    if data.warning:
-        print(data.warning, file=sys.stderr)
+                mean, log_var = model.encoder(fixed_x.flatten(1))
+                z = mean if options.autoencoder else mean + torch.exp(0.5 * log_var) * fixed_epsilon
+                reconstructions = pairs(fixed_x, model.decoder(z).unflatten(1, image_shape))
+                samples = model.decoder(fixed_z).unflatten(1, image_shape)
+            picture = f"{folder}/images/epoch_{epoch:03d}"
+            reconstructions = common.save_grid(f"{picture}_reconstructions.png", reconstructions)
+            samples = common.save_grid(f"{picture}_samples.png", samples)
+
+            seconds = time.perf_counter() - start
+            row = {"epoch": epoch, "seconds": round(seconds, 3), "images_per_second": round(speed)}
+            row |= zip(COLUMNS, train + test)
+            if options.autoencoder:
+                del row["train/kl_loss"], row["val/kl_loss"]
+            common.check_finite(row | model.state_dict())
+            rows.append(row)
+            common.save_metrics(folder / "metrics.csv", rows)
+            if options.tensorboard:
+                for name, value in row.items():
+                    board.add_scalar(name, value, epoch)
+                board.add_image("reconstructions", reconstructions, epoch)
+                board.add_image("samples", samples, epoch)
+                board.flush()
+            if epoch == options.epochs or time.perf_counter() - saved_at > common.SAVE_EVERY:
+                checkpoint = {
+                    "model": "vae",
+                    "config": config,
+                    "image_shape": image_shape,
+                    "state_dict": model.state_dict(),
+                    "optimizers": [optimizer.state_dict()],
+                    "epoch": epoch,
+                    "metrics": rows,
+                    "random_states": {device.type: rng.get_rng_state()},
+                }
+                common.save_checkpoint(folder / "checkpoint.pt", checkpoint)
+                saved_at = time.perf_counter()
+
+            left = timedelta(seconds=round(seconds * (options.epochs - epoch)))
+            equation = "" if options.autoencoder else f" = {test[0]:.2f} + {options.beta:g} * {test[1]:.2f}"
+            line = f"{epoch:>5}/{options.epochs:<3} {speed:9,.0f} {left!s:>10} {train[2]:9.2f} {test[2]:9.2f}{equation}"
+            print(line, flush=True)
+    except RuntimeError:
+        common.check_finite(model.state_dict())  # binary_cross_entropy refuses nan: did the training diverge?
+        raise
+    except KeyboardInterrupt:
+        command = f"python vae.py --resume {shlex.quote(str(folder))}"
+        way_back = f"go on with: {command}" if checkpoint else "nothing was saved yet"
+        raise KeyboardInterrupt(f"interrupted in epoch {epoch}; {way_back}") from None
+    finally:
+        if rows:
+            curves = {title: columns for title, columns in CURVES.items() if columns[0] in rows[0]}
+            common.save_curves(folder / "losses.png", rows, curves)
+    print(f"{folder}/: checkpoint.pt, metrics.csv, losses.png, images/")
+    print(f"next: python sample.py {shlex.quote(str(folder))}")
 
 
 if __name__ == "__main__":
-    main()
+    common.run_script(main)
