@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import io
-import itertools
 import math
 import os
 import signal
@@ -15,21 +14,23 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-import torch  # the other packages are imported where they are used, so that --help is quick
+import numpy as np
+import torch  # other packages are imported where they are used, so that --help is quick
 
 SETS = dict(mnist="MNIST", fashion="FashionMNIST", kmnist="KMNIST", cifar10="CIFAR10", cifar100="CIFAR100")
+DEVICES = ["auto", "cuda", "mps", "cpu"]
 SAVE_EVERY = 30  # seconds between checkpoints
 NO_BAR = not (sys.stderr.isatty() or "ipykernel" in sys.modules)  # a bar would stay in a file
 
 
 class Error(Exception):
-    """What a user can mend, said in one line."""
+    """An error that the user can mend; its text is one line that says how."""
 
 
 def run_script(main):
     """Call main; an Error, Ctrl-C or SIGTERM ends in one line, anything else in Python's traceback."""
     script = Path(sys.argv[0]).name
-    os.environ["MPLBACKEND"] = "agg"  # a notebook sets one for the scripts it starts, which may not have it
+    os.environ["MPLBACKEND"] = "agg"  # a notebook passes on its own, which may not be installed here
     socket.setdefaulttimeout(30)  # seconds of silence after which a download gives up
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
@@ -45,35 +46,38 @@ def between(kind, low, high=math.inf):
     """An argparse type: an int or a float with low <= number < high."""
 
     def number(text):
-        value = kind(text)
-        if not low <= value < high:  # nan is in no range
+        if not low <= kind(text) < high:  # nan is in no range
             raise argparse.ArgumentTypeError(f"{text} is not in the range {low} <= number < {high}")
-        return value
+        return kind(text)
 
     return number
 
 
 def pick_device(name):
     """The torch device for --device; "auto" is a GPU if there is one. Raises Error if it is not there."""
-    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    if name not in ["auto", *there]:
-        raise Error(f"there is no {name} device here; --device auto takes what there is")
-    return torch.device(there[0] if name == "auto" else name)
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in available if available[kind])
+    if not available[name]:
+        raise Error(f"there is no {name} device here; use --device auto")
+    if name == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
+    return torch.device(name)
 
 
 def bf16_pays(device):
     """Whether a matrix product is faster in bfloat16 than in float32, by a trial; says so if it is not."""
-
     x = torch.ones(2 * [256 if device.type == "cpu" else 2048], device=device)
-
-    def seconds(x):
-        return min(timeit.repeat(lambda: (x @ x)[0, 0].item(), number=1, repeat=6))  # item() waits for the device
-
-    with contextlib.suppress(RuntimeError, TypeError):  # a device without bfloat16
-        if seconds(x.bfloat16()) < seconds(x):
-            return True
-    print(f"--bf16 is no faster on this {device.type} device: training in float32")
-    return False
+    try:
+        bf16, float32 = (
+            min(timeit.repeat(lambda: (y @ y)[0, 0].item(), number=1, repeat=6))  # item() waits for the device
+            for y in (x.bfloat16(), x)
+        )
+    except (RuntimeError, TypeError):  # a device without bfloat16
+        bf16, float32 = math.inf, 0
+    if bf16 >= float32:
+        print(f"--bf16 is no faster on this {device.type} device: training in float32")
+    return bf16 < float32
 
 
 class Dataset(NamedTuple):
@@ -85,9 +89,9 @@ class Dataset(NamedTuple):
 
 
 def load_dataset(name, root, size=None):
-    """The data set of that name in the folder root, downloaded if need be; resized to size x size if given.
+    """The named data set in the folder root, or else downloaded; without a name MNIST, or else the digits.
 
-    Without a name it is MNIST or, where that cannot be had, the digits of scikit-learn. Raises Error.
+    Its images are resized to size x size if a size is given. Raises Error if it cannot be had.
     """
     from torchvision import datasets
     from torchvision.transforms.functional import resize
@@ -97,10 +101,10 @@ def load_dataset(name, root, size=None):
     kind = SETS[name or "mnist"]
     try:
         splits = [getattr(datasets, kind)(root, train=train, download=True) for train in (True, False)]
-    except Exception as error:  # of many kinds, for a failed download or a damaged file
+    except Exception as error:  # a failed download and a damaged file raise errors of many kinds
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
         if len(list(Path(root, kind, "raw").glob("*-ubyte"))) == 4:
-            raise Error(f"{root}/{kind} is damaged: delete it, and run again to download it anew ({reason})") from None
+            raise Error(f"{root}/{kind} is damaged: delete it and run again ({reason})") from None
         problem = f"{kind} is not in {root}/ and cannot be downloaded ({reason})"
         if name is not None:
             advice = "connect to a network, name another folder with --data, or use --dataset digits"
@@ -127,15 +131,14 @@ def load_digits(size):
 
 
 def batches(images, batch_size, shuffle=False):
-    """One pass over uint8 images, on their device: floats in 0..1, batch_size at a time, what is left last."""
-    n = len(images)
-    order = torch.randperm(n, device=images.device) if shuffle else torch.arange(n, device=images.device)
-    for indices in order.split(batch_size):
+    """One pass over uint8 images, on their device: floats in 0..1; the last batch may be smaller."""
+    order = torch.randperm if shuffle else torch.arange
+    for indices in order(len(images), device=images.device).split(batch_size):
         yield images[indices] / 255
 
 
 def save_grid(path, images, columns=10):
-    """Write images (N, C, H, W) in 0..1 as one PNG, that many to a row; returns the grid (C, H, W)."""
+    """Write images (N, C, H, W) in 0..1 as one PNG, `columns` to a row; returns the grid (C, H, W)."""
     from torchvision.utils import make_grid, save_image
 
     grid = make_grid(images.cpu(), nrow=columns)
@@ -147,8 +150,9 @@ def save_grid(path, images, columns=10):
 def save_curves(path, rows, panels, steps=None):
     """Draw columns of the rows over the epochs, in a panel for each of panels, {title: columns}.
 
-    Faintly behind them, the values of every step: steps is {column: tensor}.
+    steps, {column: array}, has the values of every step, drawn faintly behind, evenly over the epochs.
     """
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
@@ -158,12 +162,12 @@ def save_curves(path, rows, panels, steps=None):
             style = "-" if len(rows) > 1 else "o"
             (line,) = axes.plot(epochs, [row[column] for row in rows], style, label=column)
             if steps and column in steps:
-                x = torch.linspace(0, epochs[-1], len(steps[column]))
-                axes.plot(x.numpy(), steps[column].numpy(), color=line.get_color(), linewidth=0.5, alpha=0.3, zorder=1)
+                x = np.linspace(0, epochs[-1], len(steps[column]))
+                axes.plot(x, steps[column], color=line.get_color(), linewidth=0.5, alpha=0.3, zorder=1)
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
         axes.legend()
-    with whole_file(path) as file:
+    with whole_file(path) as file, rc_context({"agg.path.chunksize": 1000}):  # long curves in pieces: much faster
         figure.savefig(file, dpi=150)
 
 
@@ -177,24 +181,22 @@ def whole_file(path):
         temporary.write_bytes(buffer.getbuffer())
         temporary.replace(path)
     except OSError as error:
-        raise Error(f"cannot write {path}: {error.strerror}; what was saved before is as it was") from None
-    finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        raise Error(f"cannot write {path}: {error.strerror}; what was saved before is as it was") from None
 
 
 def new_folder(out, name):
     """Make the folder of a new run: out, which must not exist, or the first free of runs/NAME, runs/NAME-2, ..."""
-    for n in itertools.count(1):
-        folder = Path(out or (f"runs/{name}-{n}" if n > 1 else f"runs/{name}"))
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except OSError as error:
-            if out or not folder.exists():  # else it is the run of that name, and the next one may be free
-                raise Error(
-                    f"cannot make the folder {folder}, and no run overwrites another: {error.strerror}"
-                ) from None
+    folder, n = Path(out or f"runs/{name}"), 1
+    while folder.exists() and not out:
+        n += 1
+        folder = Path(f"runs/{name}-{n}")
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise Error(f"cannot make a new folder {folder}: {error.strerror}; no run overwrites another") from None
+    return folder
 
 
 def save_metrics(path, rows):
@@ -208,9 +210,7 @@ def check_finite(values):
     """Raise Error if a number or tensor in {name: value} is not finite; it names the first."""
     for name, value in values.items():
         if not torch.as_tensor(value).isfinite().all():
-            raise Error(
-                f"{name} is not finite, the training diverged; --resume its last checkpoint with a smaller --lr"
-            )
+            raise Error(f"{name} is not finite: the training diverged; start again, or --resume, with a smaller --lr")
 
 
 def save_checkpoint(path, checkpoint):
@@ -219,21 +219,16 @@ def save_checkpoint(path, checkpoint):
         torch.save(checkpoint, file)
 
 
-def checkpoint_of(run):
-    """The path of a run's checkpoint; run is its folder or the file itself."""
-    return Path(run, "checkpoint.pt") if Path(run).is_dir() else Path(run)
-
-
 def load_checkpoint(run, device="cpu"):
-    """The dict in a checkpoint, or {"state_dict": ...} of bare weights; no code in it is run. Raises Error."""
-    path = checkpoint_of(run)
+    """The dict in a run's checkpoint, or {"state_dict": ...} of bare weights; no code in it is run. Raises Error."""
+    path = Path(run, "checkpoint.pt") if Path(run).is_dir() else Path(run)
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
                 raise ValueError("a checksum in it is wrong")  # torch.load does not look at them
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         return checkpoint if "state_dict" in checkpoint else {"state_dict": checkpoint}
-    except Exception as error:  # there is no end to what a damaged file can raise
+    except Exception as error:  # a damaged file raises errors of many kinds
         reason = str(error).split("WeightsUnpickler error: ")[-1]  # what comes before it is general advice
         raise Error(f"cannot open {path} as a checkpoint: {textwrap.shorten(reason, 300)}") from None
 
@@ -247,5 +242,4 @@ def restore(run, checkpoint, model, optimizers=()):
     for optimizer, saved in zip(optimizers, checkpoint.get("optimizers", ())):
         optimizer.load_state_dict({**saved, "param_groups": optimizer.state_dict()["param_groups"]})
         for parameter, moments in optimizer.state.items():  # fused Adam needs both laid out alike in memory
-            for name in ("exp_avg", "exp_avg_sq"):
-                moments[name] = torch.empty_like(parameter).copy_(moments[name])
+            moments |= {name: torch.empty_like(parameter).copy_(moments[name]) for name in ("exp_avg", "exp_avg_sq")}

@@ -1,7 +1,7 @@
 """Deep Convolutional GAN (Radford et al., 2015) on MNIST, in plain PyTorch.
 
-A generator G turns noise z ~ N(0, 1) into images, a discriminator D tells them from real images x,
-and each is trained against the other. They minimise
+A generator G turns noise z ~ N(0, 1) into images, a discriminator D learns to tell them from real
+images x, and each is trained against the other. They minimise
 
     L_G = -mean log D(G(z))                                        (non-saturating)
     L_D = -1/2 mean [log D(x) + log(1 - D(G(z)))]
@@ -119,24 +119,22 @@ def gan_step(generator, discriminator, optimizer_g, optimizer_d, images, z):
 # === Script ===
 # Speed, options, data and files. None of it is needed in a notebook.
 
-import argparse
 import importlib.util
 import json
 import math
 import shlex
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from datetime import timedelta
+from pathlib import Path
 
 from tqdm import tqdm
 
 import common
 from common import between
 
-COLUMNS = ["generator/loss", "discriminator/loss", "discriminator/real_acc", "discriminator/fake_acc"]
-CURVES = {
-    "binary cross-entropy, nats": COLUMNS[:2],
-    "accuracy of the discriminator": [*COLUMNS[2:], "discriminator/overall_acc"],
-}
+COLUMNS = ["generator/loss", *(f"discriminator/{name}" for name in ("loss", "real_acc", "fake_acc", "overall_acc"))]
+CURVES = {"binary cross-entropy, nats": COLUMNS[:2], "accuracy of the discriminator": COLUMNS[2:]}
 
 
 class UpsampleConv2d(nn.Conv2d):
@@ -173,37 +171,33 @@ def fuse_upsampling(generator):
 
 def parse_options(argv):
     """The options and, with --resume, the checkpoint of that run, whose options are then the defaults."""
-    parser = argparse.ArgumentParser(
-        "dcgan.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser("dcgan.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     folder = parser.add_mutually_exclusive_group()
-    parser.add_argument("--latent-dim", type=between(int, 1), default=100, help="size of z (default: 100)")
+    parser.add_argument("--latent-dim", type=between(int, 1), default=100, help="dimensions of z (default: 100)")
     parser.add_argument("--b1", type=between(float, 0, 1), default=0.5, help="Adam's first beta (default: 0.5)")
     parser.add_argument("--b2", type=between(float, 0, 1), default=0.999, help="Adam's second beta (default: 0.999)")
     parser.add_argument("--epochs", type=between(int, 1), default=150, help="passes over the images (default: 150)")
     parser.add_argument("--batch-size", type=between(int, 1), default=64, help="images per step (default: 64)")
     parser.add_argument("--lr", type=between(float, 1e-12), default=2e-4, help="Adam's learning rate (default: 0.0002)")
-    parser.add_argument("--seed", type=between(int, 0, 2**63), default=0, help="of all random numbers (default: 0)")
-    parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="(default: auto)")
-    parser.add_argument("--dataset", choices=[*common.SETS, "digits"], help="(default: mnist, or else digits)")
+    parser.add_argument("--seed", type=between(int, 0, 2**63), default=0, help="of the random numbers (default: 0)")
+    parser.add_argument("--device", choices=common.DEVICES, default="auto", help="auto: a GPU if any (default: auto)")
+    parser.add_argument("--dataset", choices=[*common.SETS, "digits"], help="images (default: mnist, or else digits)")
     parser.add_argument("--data", default="data", help="the folder of the data sets (default: data)")
-    parser.add_argument("--subset", type=between(int, 1), help="train on the first N images (default: all)")
-    folder.add_argument("--out", help="a new folder for the run (default: runs/dcgan and the like)")
-    folder.add_argument(
-        "--resume", metavar="RUN", help="go on with a run; its options are the defaults (default: none)"
-    )
+    parser.add_argument("--subset", type=between(int, 1), help="train on the first SUBSET images (default: all)")
+    folder.add_argument("--out", help="a new folder for the run (default: one under runs/)")
+    folder.add_argument("--resume", metavar="RUN", help="go on with a run and its options (default: a new run)")
     parser.add_argument("--bf16", action="store_true", help="bfloat16, if faster (default: float32, TF32 on CUDA)")
     parser.add_argument("--tensorboard", action="store_true", help="log for TensorBoard too (default: no)")
-    options = parser.parse_args(argv)
+    options, checkpoint = parser.parse_args(argv), None
+    if options.resume:
+        checkpoint = common.load_checkpoint(options.resume)
+        if checkpoint.get("model") != "dcgan":
+            raise common.Error(f"{options.resume} is not a run of dcgan.py that could be resumed")
+        parser.set_defaults(**checkpoint["config"])
+        options = parser.parse_args(argv)
     if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
         parser.error("--tensorboard needs a package that is not installed: pip install tensorboard")
-    if options.resume is None:
-        return options, None
-    checkpoint = common.load_checkpoint(options.resume)
-    if checkpoint.get("model") != "dcgan":
-        raise common.Error(f"{options.resume} is no run of dcgan.py: there is nothing to resume")
-    parser.set_defaults(**checkpoint["config"])
-    return parser.parse_args(argv), checkpoint
+    return options, checkpoint
 
 
 def build(image_shape, latent_dim):
@@ -218,8 +212,8 @@ def build(image_shape, latent_dim):
 def load(path, device="cpu"):
     """The networks of a run or a checkpoint, in eval mode, and its config, with "image_shape" in it.
 
-    They are the "generator" and the "discriminator" of one nn.ModuleDict. Weights without a config, as the
-    lab's are, tell their sizes themselves. Raises common.Error.
+    They are the "generator" and the "discriminator" of one nn.ModuleDict. Weights without a config, such as
+    the lab's, tell their sizes themselves. Raises common.Error.
     """
     checkpoint = common.load_checkpoint(path, device)
     weights = checkpoint["state_dict"]
@@ -230,7 +224,7 @@ def load(path, device="cpu"):
         side, channels = 4 * math.isqrt(features // 128), weights["discriminator.model.0.weight"].shape[1]
         config = {"latent_dim": latent_dim, "image_shape": (channels, side, side), "dataset": "mnist", "data": "data"}
     else:
-        raise common.Error(f"{path} holds no DCGAN")
+        raise common.Error(f"{path} is neither a run of dcgan.py nor weights of the lab's DCGAN")
     model = build(config["image_shape"], config["latent_dim"]).to(device)
     common.restore(path, checkpoint, model)
     return model.eval(), config
@@ -243,18 +237,15 @@ def main(argv=None):
     torch.manual_seed(options.seed)
 
     data = common.load_dataset(options.dataset, options.data, size=32)
-    options.dataset = data.name
     images = data.train[: options.subset].to(device)
-    image_shape = tuple(images.shape[1:])
+    n, image_shape = len(images), tuple(images.shape[1:])
+    options.dataset = data.name
 
     model = build(image_shape, options.latent_dim).to(device)
     generator, discriminator = model["generator"], model["discriminator"]
-    optimizer_g, optimizer_d = (
-        torch.optim.Adam(network.parameters(), lr=options.lr, betas=(options.b1, options.b2), fused=True)
-        for network in (generator, discriminator)
-    )
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32
+    adam = {"lr": options.lr, "betas": (options.b1, options.b2), "fused": True}
+    optimizer_g = torch.optim.Adam(generator.parameters(), **adam)
+    optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
     if options.bf16:
         for network, logits in ((generator, generator.conv_blocks[-2]), (discriminator, discriminator.adv_layer[0])):
             network.forward = torch.autocast(device.type, torch.bfloat16)(network.forward)
@@ -262,39 +253,40 @@ def main(argv=None):
 
     rng = torch if device.type == "cpu" else torch.get_device_module(device)  # holds the state of randn and the like
     if checkpoint:
-        folder, rows, steps = common.checkpoint_of(options.resume).parent, checkpoint["metrics"], checkpoint["steps"]
+        folder = Path(options.resume) if Path(options.resume).is_dir() else Path(options.resume).parent
+        rows, steps = checkpoint["metrics"], checkpoint["steps"]
         common.restore(options.resume, checkpoint, model, [optimizer_g, optimizer_d])
         if device.type in checkpoint["random_states"]:
             rng.set_rng_state(checkpoint["random_states"][device.type])
     else:
-        name = "dcgan" if data.name == "mnist" else f"dcgan-{data.name}"
-        folder, rows, steps = common.new_folder(options.out, name), [], torch.empty(0, 4)
-    config = {key: value for key, value in vars(options).items() if key not in ("out", "resume", "tensorboard")}
+        folder = common.new_folder(options.out, "dcgan" if data.name == "mnist" else f"dcgan-{data.name}")
+        rows, steps = [], torch.empty(0, 4)  # the numbers of every epoch and of every step
     with common.whole_file(folder / "config.json") as file:
-        file.write(json.dumps({"model": "dcgan", **config}, indent=2).encode())
+        file.write(json.dumps({"model": "dcgan", **vars(options)}, indent=2).encode())
     if options.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
         board = SummaryWriter(folder, purge_step=len(steps) + 1)
 
     # Fixed codes for the pictures, from a generator of their own: drawing them does not change the training.
-    noise = torch.Generator().manual_seed(options.seed)
-    validation_z = torch.randn(50, options.latent_dim, generator=noise).to(device)
-    saved_at = -math.inf
-    print(f"{folder}: {len(images):,} images of {data.name} on {device}; {len(rows)} epochs are done")
+    validation_z = torch.randn(50, options.latent_dim, generator=torch.Generator().manual_seed(options.seed)).to(device)
+
+    print(f"{folder}: {n:,} images of {data.name} on {device}, {len(rows)} of {options.epochs} epochs done")
     print("    epoch  images/s  time left    G loss    D loss  real acc  fake acc")
+    saved_at = -math.inf
     try:
         for epoch in range(len(rows) + 1, options.epochs + 1):
-            start, sums, numbers = time.perf_counter(), torch.zeros(4, device=device), []
+            start = time.perf_counter()
             model.train()
+            sums, numbers = torch.zeros(4, device=device), []
             batches = common.batches(images, options.batch_size, shuffle=True)
-            count = math.ceil(len(images) / options.batch_size)
+            count = math.ceil(n / options.batch_size)
             for x in tqdm(batches, f"epoch {epoch}", count, leave=False, delay=2, disable=common.NO_BAR):
                 z = torch.randn(len(x), options.latent_dim, device=device)
                 numbers.append(torch.stack(gan_step(generator, discriminator, optimizer_g, optimizer_d, x, z)))
                 sums += len(x) * numbers[-1]
-            g_loss, d_loss, real_acc, fake_acc = (sums / len(images)).tolist()  # the only wait for the device
-            speed = len(images) / (time.perf_counter() - start)
+            g_loss, d_loss, real_acc, fake_acc = (sums / n).tolist()  # the only wait for the device
+            speed = n / (time.perf_counter() - start)
             numbers = torch.stack(numbers).cpu()
 
             generator.eval()
@@ -304,22 +296,21 @@ def main(argv=None):
 
             seconds = time.perf_counter() - start
             row = {"epoch": epoch, "seconds": round(seconds, 3), "images_per_second": round(speed)}
-            row |= zip(COLUMNS, (g_loss, d_loss, real_acc, fake_acc))
-            row["discriminator/overall_acc"] = (real_acc + fake_acc) / 2
+            row.update(zip(COLUMNS, [g_loss, d_loss, real_acc, fake_acc, (real_acc + fake_acc) / 2]))
             common.check_finite(row | model.state_dict())
             rows.append(row)
+            steps = torch.cat([steps, numbers])
             common.save_metrics(folder / "metrics.csv", rows)
             if options.tensorboard:
-                for step, values in enumerate(numbers.tolist(), start=len(steps) + 1):
+                for step, values in enumerate(numbers.tolist(), start=len(steps) - len(numbers) + 1):
                     for name, value in zip(COLUMNS, values):
                         board.add_scalar(name, value, step)
-                board.add_image("samples", samples, len(steps) + len(numbers))
+                board.add_image("samples", samples, len(steps))
                 board.flush()
-            steps = torch.cat([steps, numbers])
             if epoch == options.epochs or time.perf_counter() - saved_at > common.SAVE_EVERY:
                 checkpoint = {
                     "model": "dcgan",
-                    "config": config,
+                    "config": vars(options),
                     "image_shape": image_shape,
                     "state_dict": model.state_dict(),
                     "optimizers": [optimizer_g.state_dict(), optimizer_d.state_dict()],
@@ -338,12 +329,14 @@ def main(argv=None):
         common.check_finite(model.state_dict())  # binary_cross_entropy refuses nan: did the training diverge?
         raise
     except KeyboardInterrupt:
-        command = f"python dcgan.py --resume {shlex.quote(str(folder))}"
-        way_back = f"go on with: {command}" if checkpoint else "nothing was saved yet"
+        saved = (folder / "checkpoint.pt").exists()
+        way_back = (
+            f"go on with: python dcgan.py --resume {shlex.quote(str(folder))}" if saved else "nothing was saved yet"
+        )
         raise KeyboardInterrupt(f"interrupted in epoch {epoch}; {way_back}") from None
     finally:
         if rows:
-            common.save_curves(folder / "losses.png", rows, CURVES, dict(zip(COLUMNS, steps.T)))
+            common.save_curves(folder / "losses.png", rows, CURVES, dict(zip(COLUMNS, steps.T.numpy())))
     print(f"{folder}/: checkpoint.pt, metrics.csv, losses.png, images/")
     print(f"next: python sample.py {shlex.quote(str(folder))}")
 

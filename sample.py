@@ -8,8 +8,8 @@ newest under runs/. The lab's own checkpoints and a notebook's torch.save(model.
     python sample.py runs/dcgan --n 64 --slerp --out pictures
 """
 
-import argparse
 import os
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
@@ -40,20 +40,21 @@ def slerp(z1, z2, steps):
 
 
 def parse_options(argv):
-    parser = argparse.ArgumentParser(
-        "sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = ArgumentParser("sample.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "run", nargs="?", type=Path, help="a run's folder or a checkpoint (default: the newest under runs/)"
     )
-    parser.add_argument("run", nargs="?", help="a run's folder or a checkpoint (default: the newest under runs/)")
     parser.add_argument("--n", type=between(int, 1), default=24, help="samples, in rows of 8 (default: 24)")
-    parser.add_argument("--steps", type=between(int, 1), default=11, help="of an interpolation (default: 11)")
+    parser.add_argument("--steps", type=between(int, 1), default=11, help="images in an interpolation (default: 11)")
     parser.add_argument("--slerp", action="store_true", help="interpolate on an arc (default: on a straight line)")
-    images = {"type": between(int, 0), "nargs": 2, "metavar": ("I", "J"), "default": [0, 2]}
-    parser.add_argument("--images", **images, help="VAE: training images to interpolate between (default: 0 2)")
+    parser.add_argument(
+        "--images", type=between(int, 0), nargs=2, default=[0, 2], help="VAE: ends of the path (default: 0 2)"
+    )
     parser.add_argument("--dataset", choices=[*common.SETS, "digits"], help="VAE: the images (default: the run's)")
     parser.add_argument("--data", help="the folder of the data sets (default: the run's)")
     parser.add_argument("--out", type=Path, help="the folder to write to (default: the run's)")
-    parser.add_argument("--seed", type=between(int, 0, 2**63), default=0, help="of the noise (default: 0)")
-    parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="(default: auto)")
+    parser.add_argument("--seed", type=between(int, 0, 2**63), default=0, help="seed of the noise (default: 0)")
+    parser.add_argument("--device", choices=common.DEVICES, default="auto", help="auto: a GPU if any (default: auto)")
     options = parser.parse_args(argv)
     if options.run is None:
         options.run = max(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime, default=None)
@@ -66,7 +67,7 @@ def parse_options(argv):
 def main(argv=None):
     options = parse_options(argv)
     device = common.pick_device(options.device)
-    folder = options.out or common.checkpoint_of(options.run).parent
+    folder = options.out or (options.run if options.run.is_dir() else options.run.parent)
     path_between = slerp if options.slerp else interpolate
     is_vae = "encoder.mean.weight" in common.load_checkpoint(options.run)["state_dict"]
     model, config = (vae if is_vae else dcgan).load(options.run, device)

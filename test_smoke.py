@@ -540,7 +540,7 @@ def test_the_newest_run_is_the_default(runs, capsys):
     tsne.main(["--n", "40", "--perplexity", "5"])
     output = capsys.readouterr().out
     assert "runs/dcgan/samples.png" in output and "runs/vae/tsne_mean.png" in output
-    assert "no VAE" in error_of("tsne", "runs/dcgan")
+    assert "neither a run of vae.py" in error_of("tsne", "runs/dcgan")
 
 
 @pytest.mark.parametrize("codes", ["mean", "sample", "std", "pixels"])
@@ -576,7 +576,7 @@ def test_the_labs_checkpoints_and_bare_weights_open(kind, runs):
         assert same_weights(model.state_dict(), weights) and not model.training
         assert (config["latent_dim"], config["image_shape"]) == (8, (1, 28, 28) if kind == "vae" else (1, 32, 32))
         sample.main([path, "--dataset", "digits", "--out", "pictures"])
-    assert "nothing to resume" in error_of(kind, "--resume", "lab.ckpt")
+    assert f"not a run of {kind}.py" in error_of(kind, "--resume", "lab.ckpt")
 
 
 class Malicious:
@@ -600,7 +600,9 @@ def test_a_bad_checkpoint_is_refused_and_nothing_in_it_runs(runs):
     assert "Unsupported global" in error_of("sample", "code.pt") and not Path("executed").exists()
     assert "Missing key(s)" in error_of("sample", "alien.pt")
     assert "size mismatch for encoder.backbone.0.weight" in error_of("vae", "--resume", runs / "vae", "--hidden-dim", 9)
-    assert "no run of dcgan.py" in error_of("dcgan", "--resume", runs / "vae")
+    with pytest.raises(SystemExit):
+        vae.main(["--resume", str(runs / "vae"), "--autoencoder"])
+    assert "not a run of dcgan.py" in error_of("dcgan", "--resume", runs / "vae")
 
 
 # --- Nothing is lost ---
@@ -754,10 +756,6 @@ print(sorted(name for name in spaces[0].keys() & spaces[1].keys() if name[0] != 
 def test_the_upper_halves_need_only_torch_and_share_no_name():
     done = python("-c", PASTED, HERE / "vae.py", HERE / "dcgan.py")
     assert done.stdout.strip() == "['F', 'nn', 'torch']", done.stderr
-
-
-def upper_half(script):
-    return (HERE / f"{script}.py").read_text(encoding="utf-8").split("# === Script")[0]
 
 
 def readme_cells():

@@ -8,8 +8,8 @@ neighbour, how often the closest other code has the same class, and how many dim
     python tsne.py runs/vae-beta1 --codes pixels         # the images themselves
 """
 
-import argparse
 import os
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
@@ -50,11 +50,11 @@ def draw(points, labels, classes, title):
 
 
 def parse_options(argv):
-    parser = argparse.ArgumentParser(
-        "tsne.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser("tsne.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     codes = ["mean", "sample", "std", "pixels"]
-    parser.add_argument("run", nargs="?", help="a run's folder or a checkpoint (default: the newest VAE under runs/)")
+    parser.add_argument(
+        "run", nargs="?", type=Path, help="a run's folder or a checkpoint (default: the newest VAE under runs/)"
+    )
     parser.add_argument("--codes", choices=codes, default="mean", help="what stands for an image (default: mean)")
     parser.add_argument("--n", type=between(int, 3), default=1000, help="test images on the map (default: 1000)")
     parser.add_argument(
@@ -63,8 +63,10 @@ def parse_options(argv):
     parser.add_argument("--dataset", choices=[*common.SETS, "digits"], help="the images (default: the run's)")
     parser.add_argument("--data", help="the folder of the data sets (default: the run's)")
     parser.add_argument("--out", type=Path, help="the folder to write to (default: the run's)")
-    parser.add_argument("--seed", type=between(int, 0, 2**32), default=0, help="of all random numbers (default: 0)")
-    parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="(default: auto)")
+    parser.add_argument(
+        "--seed", type=between(int, 0, 2**32), default=0, help="seed of the random numbers (default: 0)"
+    )
+    parser.add_argument("--device", choices=common.DEVICES, default="auto", help="auto: a GPU if any (default: auto)")
     options = parser.parse_args(argv)
     if options.run is None:
         newest_first = sorted(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime, reverse=True)
@@ -78,7 +80,7 @@ def parse_options(argv):
 def main(argv=None):
     options = parse_options(argv)
     device = common.pick_device(options.device)
-    folder = options.out or common.checkpoint_of(options.run).parent
+    folder = options.out or (options.run if options.run.is_dir() else options.run.parent)
     model, config = vae.load(options.run, device)
     if config["autoencoder"] and options.codes in ("sample", "std"):
         raise common.Error(f"--codes {options.codes}: an autoencoder has no variance; use mean or pixels")
@@ -90,19 +92,21 @@ def main(argv=None):
     if options.perplexity >= n:
         raise common.Error(f"--perplexity must be below the number of images, {n}")
 
-    torch.manual_seed(options.seed)
+    generator = torch.Generator().manual_seed(options.seed)  # on the CPU: the same numbers for every device
+    chosen = torch.randperm(len(data.test), generator=generator)[:n]
     x = data.test.to(device).flatten(1) / 255
     mean, log_var = model.encoder(x)
     std = torch.exp(0.5 * log_var)
-    codes = {"mean": mean, "sample": vae.reparameterize(mean, std), "std": std, "pixels": x}[options.codes]
-    chosen = torch.randperm(len(x))[:n]
-    codes, labels = codes.cpu()[chosen].numpy(), data.test_labels[chosen].numpy()
+    z = mean + std * torch.randn(mean.shape, generator=generator).to(device)
+    codes = {"mean": mean, "sample": z, "std": std, "pixels": x}[options.codes][chosen.to(device)].cpu().numpy()
+    labels = data.test_labels[chosen].numpy()
 
     from sklearn.manifold import TSNE
 
     init = "pca" if codes.shape[1] > 1 else "random"
     points = TSNE(2, perplexity=options.perplexity, init=init, random_state=options.seed).fit_transform(codes)
-    of_codes, of_map = (nearest_neighbour_accuracy(x, labels) for x in (codes, points))
+    of_codes = nearest_neighbour_accuracy(codes, labels)
+    of_map = nearest_neighbour_accuracy(points, labels)
     text = f"1-nearest-neighbour accuracy {of_codes:.1%} of the codes, {of_map:.1%} on the map"
     path = folder / f"tsne_{options.codes}.png"
     with common.whole_file(path) as file:

@@ -1,7 +1,7 @@
 """Variational Autoencoder (Kingma and Welling, 2013) on MNIST, in plain PyTorch.
 
-The encoder maps an image x to a Gaussian N(mean, std^2), the decoder maps a sample z of it back to
-an image x_pred, and both are trained to minimise
+The encoder maps an image x to a Gaussian N(mean, std^2), the decoder turns a sample z of it into an
+image x_pred, and both are trained to minimise
 
     BCE(x_pred, x) + beta * KL(N(mean, std^2) || N(0, 1))     with  z = mean + std * epsilon
 
@@ -181,9 +181,9 @@ class ConvDecoder(nn.Module):
 
 
 class Autoencoder(VAE):
-    """A plain autoencoder: z is the mean, and nothing is sampled. Train it with beta = 0.
+    """A plain autoencoder: z is the mean, and nothing is sampled.
 
-    It returns a log_var of 0 in place of the encoder's, which it does not use.
+    Train it with beta = 0: with the log_var of 0 that it returns, the KL divergence means nothing.
     """
 
     def forward(self, x):
@@ -195,13 +195,14 @@ class Autoencoder(VAE):
 # === Script ===
 # Options, data, speed and files. None of it is needed in a notebook.
 
-import argparse
 import importlib.util
 import json
 import math
 import shlex
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from datetime import timedelta
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -218,39 +219,37 @@ CURVES = {
 
 def parse_options(argv):
     """The options and, with --resume, the checkpoint of that run, whose options are then the defaults."""
-    parser = argparse.ArgumentParser(
-        "vae.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser("vae.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     loss, folder = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
     loss.add_argument("--beta", type=between(float, 0), default=10.0, help="weight of the KL divergence (default: 10)")
     loss.add_argument("--autoencoder", action="store_true", help="no sampling, no KL divergence (default: a VAE)")
     parser.add_argument("--arch", choices=["fc", "conv"], default="fc", help="fully connected or not (default: fc)")
     parser.add_argument("--hidden-dim", type=between(int, 1), default=512, help="width of the layers (default: 512)")
-    parser.add_argument("--latent-dim", type=between(int, 1), default=128, help="size of z (default: 128)")
+    parser.add_argument("--latent-dim", type=between(int, 1), default=128, help="dimensions of z (default: 128)")
     parser.add_argument("--epochs", type=between(int, 1), default=150, help="passes over the images (default: 150)")
     parser.add_argument("--batch-size", type=between(int, 1), help="images per step (default: 1024; 64 on digits)")
     parser.add_argument("--lr", type=between(float, 1e-12), default=1e-3, help="Adam's learning rate (default: 0.001)")
-    parser.add_argument("--seed", type=between(int, 0, 2**63), default=0, help="of all random numbers (default: 0)")
-    parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="(default: auto)")
-    parser.add_argument("--dataset", choices=[*common.SETS, "digits"], help="(default: mnist, or else digits)")
+    parser.add_argument("--seed", type=between(int, 0, 2**63), default=0, help="of the random numbers (default: 0)")
+    parser.add_argument("--device", choices=common.DEVICES, default="auto", help="auto: a GPU if any (default: auto)")
+    parser.add_argument("--dataset", choices=[*common.SETS, "digits"], help="images (default: mnist, or else digits)")
     parser.add_argument("--data", default="data", help="the folder of the data sets (default: data)")
-    parser.add_argument("--subset", type=between(int, 1), help="train on the first N images (default: all)")
-    folder.add_argument("--out", help="a new folder for the run (default: runs/vae-beta10 and the like)")
-    folder.add_argument(
-        "--resume", metavar="RUN", help="go on with a run; its options are the defaults (default: none)"
-    )
+    parser.add_argument("--subset", type=between(int, 1), help="train on the first SUBSET images (default: all)")
+    folder.add_argument("--out", help="a new folder for the run (default: one under runs/)")
+    folder.add_argument("--resume", metavar="RUN", help="go on with a run and its options (default: a new run)")
     parser.add_argument("--bf16", action="store_true", help="bfloat16, if faster (default: float32, TF32 on CUDA)")
     parser.add_argument("--tensorboard", action="store_true", help="log for TensorBoard too (default: no)")
-    options = parser.parse_args(argv)
+    options, checkpoint = parser.parse_args(argv), None
+    if options.resume:
+        checkpoint = common.load_checkpoint(options.resume)
+        if checkpoint.get("model") != "vae":
+            raise common.Error(f"{options.resume} is not a run of vae.py that could be resumed")
+        parser.set_defaults(**checkpoint["config"])
+        options = parser.parse_args(argv)
+        if options.autoencoder != checkpoint["config"]["autoencoder"]:
+            parser.error("a VAE cannot go on as an autoencoder")
     if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
         parser.error("--tensorboard needs a package that is not installed: pip install tensorboard")
-    if options.resume is None:
-        return options, None
-    checkpoint = common.load_checkpoint(options.resume)
-    if checkpoint.get("model") != "vae":
-        raise common.Error(f"{options.resume} is no run of vae.py: there is nothing to resume")
-    parser.set_defaults(**checkpoint["config"])
-    return parser.parse_args(argv), checkpoint
+    return options, checkpoint
 
 
 def build(image_shape, config):
@@ -268,7 +267,7 @@ def build(image_shape, config):
 def load(path, device="cpu"):
     """The model of a run or a checkpoint, in eval mode, and its config, with "image_shape" in it.
 
-    Weights without a config, as the lab's are, must be of the fully connected VAE. Raises common.Error.
+    Weights without a config, such as the lab's, must be of the fully connected VAE. Raises common.Error.
     """
     checkpoint = common.load_checkpoint(path, device)
     weights = checkpoint["state_dict"]
@@ -276,22 +275,22 @@ def load(path, device="cpu"):
         config = {**checkpoint["config"], "image_shape": tuple(checkpoint["image_shape"])}
     elif "encoder.mean.weight" in weights and "encoder.backbone.0.weight" in weights:
         latent_dim, hidden_dim = weights["encoder.mean.weight"].shape
-        side = math.isqrt(weights["encoder.backbone.0.weight"].shape[1])
+        input_dim = weights["encoder.backbone.0.weight"].shape[1]
+        channels = 1 if math.isqrt(input_dim) ** 2 == input_dim else 3
+        side = math.isqrt(input_dim // channels)
         config = {"arch": "fc", "autoencoder": False, "hidden_dim": hidden_dim, "latent_dim": latent_dim}
-        config |= {"image_shape": (1, side, side), "dataset": "mnist", "data": "data"}
+        config |= {"image_shape": (channels, side, side), "dataset": "mnist", "data": "data"}
     else:
-        raise common.Error(f"{path} holds no VAE")
+        raise common.Error(f"{path} is neither a run of vae.py nor weights of the lab's VAE")
     model = build(config["image_shape"], config).to(device)
     common.restore(path, checkpoint, model)
     return model.eval(), config
 
 
 def speed_up(model, device, bf16):
-    """Let the device compute the same faster: in another order in memory, in TF32, or in bfloat16."""
+    """Compute the same faster: with another order in memory and, if bf16, with matrix products in bfloat16."""
     if device.type == "cpu":
         model.to(memory_format=torch.channels_last)  # for the convolutions, which read all channels of a pixel
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32
     if bf16:
         for network in (model.encoder, model.decoder):
             network.forward = torch.autocast(device.type, torch.bfloat16)(network.forward)
@@ -301,8 +300,7 @@ def speed_up(model, device, bf16):
 
 def pairs(images, reconstructions):
     """Rows of ten images, each above the row of their reconstructions."""
-    rows = zip(images.split(10), reconstructions.split(10))
-    return torch.cat([row for pair in rows for row in pair])
+    return torch.cat([row for pair in zip(images.split(10), reconstructions.split(10)) for row in pair])
 
 
 def main(argv=None):
@@ -314,7 +312,7 @@ def main(argv=None):
 
     data = common.load_dataset(options.dataset, options.data)
     train_images, test_images = data.train[: options.subset].to(device), data.test.to(device)
-    image_shape = tuple(train_images.shape[1:])
+    n, image_shape = len(train_images), tuple(train_images.shape[1:])
     options.dataset = data.name
     options.batch_size = options.batch_size or (64 if data.name == "digits" else 1024)
 
@@ -324,7 +322,8 @@ def main(argv=None):
 
     rng = torch if device.type == "cpu" else torch.get_device_module(device)  # holds the state of randn and the like
     if checkpoint:
-        folder, rows = common.checkpoint_of(options.resume).parent, checkpoint["metrics"]
+        folder = Path(options.resume) if Path(options.resume).is_dir() else Path(options.resume).parent
+        rows = checkpoint["metrics"]
         common.restore(options.resume, checkpoint, model, [optimizer])
         if device.type in checkpoint["random_states"]:
             rng.set_rng_state(checkpoint["random_states"][device.type])
@@ -332,10 +331,10 @@ def main(argv=None):
         name = "vae-conv" if options.arch == "conv" else "vae"
         name += "-autoencoder" if options.autoencoder else f"-beta{options.beta:g}"
         name += f"-{data.name}" if data.name != "mnist" else ""
-        folder, rows = common.new_folder(options.out, name), []
-    config = {key: value for key, value in vars(options).items() if key not in ("out", "resume", "tensorboard")}
+        folder = common.new_folder(options.out, name)
+        rows = []
     with common.whole_file(folder / "config.json") as file:
-        file.write(json.dumps({"model": "vae", **config}, indent=2).encode())
+        file.write(json.dumps({"model": "vae", **vars(options)}, indent=2).encode())
     if options.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -345,22 +344,26 @@ def main(argv=None):
     fixed_x = test_images[:50] / 255
     generator = torch.Generator().manual_seed(options.seed)
     fixed_z, fixed_epsilon = torch.randn(2, len(fixed_x), options.latent_dim, generator=generator).to(device)
-    saved_at = -math.inf
-    print(f"{folder}: {len(train_images):,} images of {data.name} on {device}; {len(rows)} epochs are done")
+
+    print(f"{folder}: {n:,} images of {data.name} on {device}, {len(rows)} of {options.epochs} epochs done")
     equation = "" if options.autoencoder else " = BCE + beta * KL"
     print(f"    epoch  images/s  time left     train      test{equation}")
+    saved_at = -math.inf
     try:
         for epoch in range(len(rows) + 1, options.epochs + 1):
-            start, sums = time.perf_counter(), torch.zeros(2, device=device)
+            start = time.perf_counter()
             model.train()
+            sums = torch.zeros(2, device=device)
             batches = common.batches(train_images, options.batch_size, shuffle=True)
-            steps = math.ceil(len(train_images) / options.batch_size)
+            steps = math.ceil(n / options.batch_size)
             for x in tqdm(batches, f"epoch {epoch}", steps, leave=False, delay=2, disable=common.NO_BAR):
                 sums += torch.stack(vae_step(model, optimizer, x.flatten(1), options.beta))
-            reconstruction, kl = (sums / len(train_images)).tolist()  # the only wait for the device
-            speed = len(train_images) / (time.perf_counter() - start)
-            train = reconstruction, kl, reconstruction + options.beta * kl
-            test = evaluate(model, common.batches(test_images, options.batch_size), options.beta)
+            reconstruction, kl = (sums / n).tolist()  # the only wait for the device
+            loss = reconstruction + options.beta * kl
+            speed = n / (time.perf_counter() - start)
+
+            test_batches = common.batches(test_images, options.batch_size)
+            val_reconstruction, val_kl, val_loss = evaluate(model, test_batches, options.beta)
 
             with torch.no_grad():
                 mean, log_var = model.encoder(fixed_x.flatten(1))
@@ -373,7 +376,7 @@ def main(argv=None):
 
             seconds = time.perf_counter() - start
             row = {"epoch": epoch, "seconds": round(seconds, 3), "images_per_second": round(speed)}
-            row |= zip(COLUMNS, train + test)
+            row.update(zip(COLUMNS, [reconstruction, kl, loss, val_reconstruction, val_kl, val_loss]))
             if options.autoencoder:
                 del row["train/kl_loss"], row["val/kl_loss"]
             common.check_finite(row | model.state_dict())
@@ -388,7 +391,7 @@ def main(argv=None):
             if epoch == options.epochs or time.perf_counter() - saved_at > common.SAVE_EVERY:
                 checkpoint = {
                     "model": "vae",
-                    "config": config,
+                    "config": vars(options),
                     "image_shape": image_shape,
                     "state_dict": model.state_dict(),
                     "optimizers": [optimizer.state_dict()],
@@ -400,15 +403,17 @@ def main(argv=None):
                 saved_at = time.perf_counter()
 
             left = timedelta(seconds=round(seconds * (options.epochs - epoch)))
-            equation = "" if options.autoencoder else f" = {test[0]:.2f} + {options.beta:g} * {test[1]:.2f}"
-            line = f"{epoch:>5}/{options.epochs:<3} {speed:9,.0f} {left!s:>10} {train[2]:9.2f} {test[2]:9.2f}{equation}"
+            equation = "" if options.autoencoder else f" = {val_reconstruction:.2f} + {options.beta:g} * {val_kl:.2f}"
+            line = f"{epoch:>5}/{options.epochs:<3} {speed:9,.0f} {left!s:>10} {loss:9.2f} {val_loss:9.2f}{equation}"
             print(line, flush=True)
     except RuntimeError:
         common.check_finite(model.state_dict())  # binary_cross_entropy refuses nan: did the training diverge?
         raise
     except KeyboardInterrupt:
-        command = f"python vae.py --resume {shlex.quote(str(folder))}"
-        way_back = f"go on with: {command}" if checkpoint else "nothing was saved yet"
+        saved = (folder / "checkpoint.pt").exists()
+        way_back = (
+            f"go on with: python vae.py --resume {shlex.quote(str(folder))}" if saved else "nothing was saved yet"
+        )
         raise KeyboardInterrupt(f"interrupted in epoch {epoch}; {way_back}") from None
     finally:
         if rows:
