@@ -241,7 +241,7 @@ def parse_options(argv):
     options, checkpoint = parser.parse_args(argv), None
     if options.resume:
         checkpoint = common.load_checkpoint(options.resume)
-        if checkpoint.get("model") != "vae":
+        if checkpoint.get("model") != "vae" or "metrics" not in checkpoint:
             raise common.Error(f"{options.resume} is not a run of vae.py that could be resumed")
         parser.set_defaults(**checkpoint["config"])
         options = parser.parse_args(argv)
