@@ -1,4 +1,4 @@
-"""What the scripts share: a few helpers for devices, images, pictures and files. No losses, no networks."""
+"""What the scripts share: small helpers for devices, images, pictures and files. No losses, no networks."""
 
 import argparse
 import contextlib
@@ -14,7 +14,6 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch  # other packages are imported where they are used, so that --help is quick
 
 SETS = dict(mnist="MNIST", fashion="FashionMNIST", kmnist="KMNIST", cifar10="CIFAR10", cifar100="CIFAR100")
@@ -68,16 +67,17 @@ def pick_device(name):
 def bf16_pays(device):
     """Whether a matrix product is faster in bfloat16 than in float32, by a trial; says so if it is not."""
     x = torch.ones(2 * [256 if device.type == "cpu" else 2048], device=device)
+
+    def seconds(x):
+        return min(timeit.repeat(lambda: (x @ x)[0, 0].item(), number=1, repeat=6))  # item() waits for the device
+
     try:
-        bf16, float32 = (
-            min(timeit.repeat(lambda: (y @ y)[0, 0].item(), number=1, repeat=6))  # item() waits for the device
-            for y in (x.bfloat16(), x)
-        )
+        pays = seconds(x.bfloat16()) < seconds(x)
     except (RuntimeError, TypeError):  # a device without bfloat16
-        bf16, float32 = math.inf, 0
-    if bf16 >= float32:
+        pays = False
+    if not pays:
         print(f"--bf16 is no faster on this {device.type} device: training in float32")
-    return bf16 < float32
+    return pays
 
 
 class Dataset(NamedTuple):
@@ -89,7 +89,7 @@ class Dataset(NamedTuple):
 
 
 def load_dataset(name, root, size=None):
-    """The named data set in the folder root, or else downloaded; without a name MNIST, or else the digits.
+    """Load the named data set from the folder root, or download it there. Without a name: MNIST, or else the digits.
 
     Its images are resized to size x size if a size is given. Raises Error if it cannot be had.
     """
@@ -148,9 +148,9 @@ def save_grid(path, images, columns=10):
 
 
 def save_curves(path, rows, panels, steps=None):
-    """Draw columns of the rows over the epochs, in a panel for each of panels, {title: columns}.
+    """Plot columns of the rows, one per epoch, over the epochs; panels is {title: its columns}.
 
-    steps, {column: array}, has the values of every step, drawn faintly behind, evenly over the epochs.
+    steps, {column: array of its values in every step}, is drawn faintly behind, evenly over the epochs.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -162,7 +162,7 @@ def save_curves(path, rows, panels, steps=None):
             style = "-" if len(rows) > 1 else "o"
             (line,) = axes.plot(epochs, [row[column] for row in rows], style, label=column)
             if steps and column in steps:
-                x = np.linspace(0, epochs[-1], len(steps[column]))
+                x = torch.linspace(0, epochs[-1], len(steps[column]))
                 axes.plot(x, steps[column], color=line.get_color(), linewidth=0.5, alpha=0.3, zorder=1)
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
@@ -181,9 +181,10 @@ def whole_file(path):
         temporary.write_bytes(buffer.getbuffer())
         temporary.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise Error(f"cannot write {path}: {error.strerror}; what was saved before is as it was") from None
+    finally:
+        with contextlib.suppress(OSError):  # after a success it is no longer there
+            temporary.unlink()
 
 
 def new_folder(out, name):
@@ -195,7 +196,7 @@ def new_folder(out, name):
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise Error(f"cannot make a new folder {folder}: {error.strerror}; no run overwrites another") from None
+        raise Error(f"cannot make a new folder {folder}: {error.strerror}; give another one with --out") from None
     return folder
 
 
@@ -210,7 +211,7 @@ def check_finite(values):
     """Raise Error if a number or tensor in {name: value} is not finite; it names the first."""
     for name, value in values.items():
         if not torch.as_tensor(value).isfinite().all():
-            raise Error(f"{name} is not finite: the training diverged; start again, or --resume, with a smaller --lr")
+            raise Error(f"{name} is not finite: the training diverged; use a smaller --lr, anew or with --resume")
 
 
 def save_checkpoint(path, checkpoint):
@@ -234,7 +235,7 @@ def load_checkpoint(run, device="cpu"):
 
 
 def restore(run, checkpoint, model, optimizers=()):
-    """Load the weights and Adam's moments; --lr and the like stay as they are. Raises Error with torch's reason."""
+    """Load the weights and Adam's moments, but not its learning rate. Raises Error with torch's own reason."""
     try:
         model.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:

@@ -54,7 +54,7 @@ class Discriminator(nn.Module):
 
         def block(in_channels, out_channels):
             return [
-                nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1),  # halves height and width
+                nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1),
                 nn.LeakyReLU(0.2, inplace=True),
                 nn.Dropout2d(0.25),
             ]
@@ -68,7 +68,8 @@ class Discriminator(nn.Module):
             *block(64, 128),
             nn.BatchNorm2d(128, eps=0.8),
         )
-        self.adv_layer = nn.Sequential(nn.Linear(128 * (img_shape[1] // 16) ** 2, 1), nn.Sigmoid())
+        ds_size = img_shape[1] // 2**4  # each of the four blocks halves it
+        self.adv_layer = nn.Sequential(nn.Linear(128 * ds_size**2, 1), nn.Sigmoid())
 
     def forward(self, images):
         h = self.model(images).flatten(1)
@@ -141,8 +142,8 @@ class UpsampleConv2d(nn.Conv2d):
     """nn.Upsample(scale_factor=2) and a 3x3 convolution in one: (N, C, H, W) -> (N, D, 2H, 2W).
 
     Upsampling repeats each pixel in a 2x2 block, so at most four of the nine pixels under a 3x3 window differ.
-    Adding the weights that meet the same pixel first leaves one transposed convolution of stride 2 with a 4x4
-    kernel: the same numbers for 16/36 of the multiplications. The parameters stay those of the 3x3 convolution.
+    With the weights that meet the same pixel added up, what remains is a transposed convolution of stride 2 with
+    a 4x4 kernel: the same numbers for 16/36 of the multiplications. The parameters stay those of the 3x3 one.
     """
 
     def __init__(self, in_channels, out_channels):
@@ -179,19 +180,19 @@ def parse_options(argv):
     parser.add_argument("--epochs", type=between(int, 1), default=150, help="passes over the images (default: 150)")
     parser.add_argument("--batch-size", type=between(int, 1), default=64, help="images per step (default: 64)")
     parser.add_argument("--lr", type=between(float, 1e-12), default=2e-4, help="Adam's learning rate (default: 0.0002)")
-    parser.add_argument("--seed", type=between(int, 0, 2**63), default=0, help="of the random numbers (default: 0)")
+    parser.add_argument("--seed", type=between(int, 0, 2**63), default=0, help="of all random numbers (default: 0)")
     parser.add_argument("--device", choices=common.DEVICES, default="auto", help="auto: a GPU if any (default: auto)")
     parser.add_argument("--dataset", choices=[*common.SETS, "digits"], help="images (default: mnist, or else digits)")
-    parser.add_argument("--data", default="data", help="the folder of the data sets (default: data)")
+    parser.add_argument("--data", default="data", help="folder of the data sets (default: data)")
     parser.add_argument("--subset", type=between(int, 1), help="train on the first SUBSET images (default: all)")
     folder.add_argument("--out", help="a new folder for the run (default: one under runs/)")
-    folder.add_argument("--resume", metavar="RUN", help="go on with a run and its options (default: a new run)")
+    folder.add_argument("--resume", metavar="RUN", help="the folder of a run to go on with (default: none)")
     parser.add_argument("--bf16", action="store_true", help="bfloat16, if faster (default: float32, TF32 on CUDA)")
     parser.add_argument("--tensorboard", action="store_true", help="log for TensorBoard too (default: no)")
     options, checkpoint = parser.parse_args(argv), None
     if options.resume:
-        checkpoint = common.load_checkpoint(options.resume)
-        if checkpoint.get("model") != "dcgan" or "metrics" not in checkpoint:
+        checkpoint = common.load_checkpoint(Path(options.resume, "checkpoint.pt"))
+        if checkpoint.get("model") != "dcgan" or not checkpoint.keys() >= {"config", "metrics", "steps"}:
             raise common.Error(f"{options.resume} is not a run of dcgan.py that could be resumed")
         parser.set_defaults(**checkpoint["config"])
         options = parser.parse_args(argv)
@@ -212,17 +213,17 @@ def build(image_shape, latent_dim):
 def load(path, device="cpu"):
     """The networks of a run or a checkpoint, in eval mode, and its config, with "image_shape" in it.
 
-    They are the "generator" and the "discriminator" of one nn.ModuleDict. Weights without a config, such as
-    the lab's, tell their sizes themselves. Raises common.Error.
+    They are the "generator" and the "discriminator" of one nn.ModuleDict. The sizes of weights without a config,
+    such as the lab's, are read off the tensors. Raises common.Error.
     """
     checkpoint = common.load_checkpoint(path, device)
     weights = checkpoint["state_dict"]
-    if checkpoint.get("model") == "dcgan":
+    if checkpoint.get("model") == "dcgan" and "config" in checkpoint:
         config = {**checkpoint["config"], "image_shape": tuple(checkpoint["image_shape"])}
     elif "generator.l1.0.weight" in weights and "discriminator.model.0.weight" in weights:
         features, latent_dim = weights["generator.l1.0.weight"].shape
         side, channels = 4 * math.isqrt(features // 128), weights["discriminator.model.0.weight"].shape[1]
-        config = {"latent_dim": latent_dim, "image_shape": (channels, side, side), "dataset": "mnist", "data": "data"}
+        config = {"latent_dim": latent_dim, "image_shape": (channels, side, side)}
     else:
         raise common.Error(f"{path} is neither a run of dcgan.py nor weights of the lab's DCGAN")
     model = build(config["image_shape"], config["latent_dim"]).to(device)
@@ -250,13 +251,14 @@ def main(argv=None):
         for network, logits in ((generator, generator.conv_blocks[-2]), (discriminator, discriminator.adv_layer[0])):
             network.forward = torch.autocast(device.type, torch.bfloat16)(network.forward)
             logits.register_forward_hook(lambda layer, inputs, output: output.float())  # the sigmoid needs float32
+    # Binary cross-entropy aborts on nan, on CUDA with the whole process. check_finite names the cause instead.
+    discriminator.register_forward_hook(lambda network, inputs, score: score.nan_to_num(0.5))
 
     rng = torch if device.type == "cpu" else torch.get_device_module(device)  # holds the state of randn and the like
     if checkpoint:
-        folder = Path(options.resume) if Path(options.resume).is_dir() else Path(options.resume).parent
-        rows, steps = checkpoint["metrics"], checkpoint["steps"]
-        common.restore(options.resume, checkpoint, model, [optimizer_g, optimizer_d])
-        if device.type in checkpoint["random_states"]:
+        folder, rows, steps = Path(options.resume), checkpoint["metrics"], checkpoint["steps"]
+        common.restore(folder, checkpoint, model, [optimizer_g, optimizer_d])
+        if options.seed == checkpoint["config"]["seed"] and device.type in checkpoint["random_states"]:
             rng.set_rng_state(checkpoint["random_states"][device.type])
     else:
         folder = common.new_folder(options.out, "dcgan" if data.name == "mnist" else f"dcgan-{data.name}")
@@ -285,27 +287,27 @@ def main(argv=None):
                 z = torch.randn(len(x), options.latent_dim, device=device)
                 numbers.append(torch.stack(gan_step(generator, discriminator, optimizer_g, optimizer_d, x, z)))
                 sums += len(x) * numbers[-1]
-            g_loss, d_loss, real_acc, fake_acc = (sums / n).tolist()  # the only wait for the device
+            g_loss, d_loss, real_acc, fake_acc = (sums / n).tolist()  # the training pass's only wait
             speed = n / (time.perf_counter() - start)
             numbers = torch.stack(numbers).cpu()
 
             generator.eval()
             with torch.no_grad():
                 samples = generator(validation_z)
-            samples = common.save_grid(f"{folder}/images/epoch_{epoch:03d}_samples.png", samples)
+            grid = common.save_grid(folder / f"images/epoch_{epoch:03d}_samples.png", samples)
 
             seconds = time.perf_counter() - start
             row = {"epoch": epoch, "seconds": round(seconds, 3), "images_per_second": round(speed)}
             row.update(zip(COLUMNS, [g_loss, d_loss, real_acc, fake_acc, (real_acc + fake_acc) / 2]))
-            common.check_finite(row | model.state_dict())
+            common.check_finite(model.state_dict() | row)
             rows.append(row)
             steps = torch.cat([steps, numbers])
             common.save_metrics(folder / "metrics.csv", rows)
             if options.tensorboard:
                 for step, values in enumerate(numbers.tolist(), start=len(steps) - len(numbers) + 1):
-                    for name, value in zip(COLUMNS, values):
+                    for name, value in zip(COLUMNS, [*values, (values[2] + values[3]) / 2]):
                         board.add_scalar(name, value, step)
-                board.add_image("samples", samples, len(steps))
+                board.add_image("samples", grid, len(steps))
                 board.flush()
             if epoch == options.epochs or time.perf_counter() - saved_at > common.SAVE_EVERY:
                 checkpoint = {
@@ -325,20 +327,15 @@ def main(argv=None):
             left = timedelta(seconds=round(seconds * (options.epochs - epoch)))
             line = f"{epoch:>5}/{options.epochs:<3} {speed:9,.0f} {left!s:>10} {g_loss:9.3f} {d_loss:9.3f}"
             print(f"{line} {real_acc:9.1%} {fake_acc:9.1%}", flush=True)
-    except RuntimeError:
-        common.check_finite(model.state_dict())  # binary_cross_entropy refuses nan: did the training diverge?
-        raise
     except KeyboardInterrupt:
         saved = (folder / "checkpoint.pt").exists()
-        way_back = (
-            f"go on with: python dcgan.py --resume {shlex.quote(str(folder))}" if saved else "nothing was saved yet"
-        )
-        raise KeyboardInterrupt(f"interrupted in epoch {epoch}; {way_back}") from None
+        way_back = f"go on with: python dcgan.py --resume {shlex.quote(folder.as_posix())}"
+        raise KeyboardInterrupt(f"interrupted; {way_back if saved else 'nothing was saved yet'}") from None
     finally:
         if rows:
             common.save_curves(folder / "losses.png", rows, CURVES, dict(zip(COLUMNS, steps.T.numpy())))
     print(f"{folder}/: checkpoint.pt, metrics.csv, losses.png, images/")
-    print(f"next: python sample.py {shlex.quote(str(folder))}")
+    print(f"next: python sample.py {shlex.quote(folder.as_posix())}")
 
 
 if __name__ == "__main__":

@@ -41,25 +41,22 @@ def slerp(z1, z2, steps):
 
 def parse_options(argv):
     parser = ArgumentParser("sample.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "run", nargs="?", type=Path, help="a run's folder or a checkpoint (default: the newest under runs/)"
-    )
+    newest = max(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime, default=None)
+    parser.add_argument("run", nargs="?", type=Path, default=newest, help="run or checkpoint (default: newest run)")
     parser.add_argument("--n", type=between(int, 1), default=24, help="samples, in rows of 8 (default: 24)")
     parser.add_argument("--steps", type=between(int, 1), default=11, help="images in an interpolation (default: 11)")
     parser.add_argument("--slerp", action="store_true", help="interpolate on an arc (default: on a straight line)")
     parser.add_argument(
-        "--images", type=between(int, 0), nargs=2, default=[0, 2], help="VAE: ends of the path (default: 0 2)"
+        "--images", type=between(int, 0), nargs=2, default=[0, 2], help="VAE: between which images (default: 0 2)"
     )
     parser.add_argument("--dataset", choices=[*common.SETS, "digits"], help="VAE: the images (default: the run's)")
-    parser.add_argument("--data", help="the folder of the data sets (default: the run's)")
-    parser.add_argument("--out", type=Path, help="the folder to write to (default: the run's)")
+    parser.add_argument("--data", help="folder of the data sets (default: the run's)")
+    parser.add_argument("--out", type=Path, help="folder to write to (default: the run's)")
     parser.add_argument("--seed", type=between(int, 0, 2**63), default=0, help="seed of the noise (default: 0)")
     parser.add_argument("--device", choices=common.DEVICES, default="auto", help="auto: a GPU if any (default: auto)")
     options = parser.parse_args(argv)
     if options.run is None:
-        options.run = max(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime, default=None)
-    if options.run is None:
-        parser.error("there is no run under runs/: train one first, or name one")
+        parser.error("there is no run in runs/: train one first, or name one")
     return options
 
 
@@ -69,7 +66,7 @@ def main(argv=None):
     device = common.pick_device(options.device)
     folder = options.out or (options.run if options.run.is_dir() else options.run.parent)
     path_between = slerp if options.slerp else interpolate
-    is_vae = "encoder.mean.weight" in common.load_checkpoint(options.run)["state_dict"]
+    is_vae = any(key.startswith("encoder.") for key in common.load_checkpoint(options.run)["state_dict"])
     model, config = (vae if is_vae else dcgan).load(options.run, device)
     latent_dim, image_shape = config["latent_dim"], config["image_shape"]
 
@@ -80,19 +77,16 @@ def main(argv=None):
         common.save_grid(folder / name, images, columns)
         print(folder / name)
 
-    generator = torch.Generator().manual_seed(options.seed)  # on the CPU: the same noise for every device
-    z = torch.randn(options.n + 2, latent_dim, generator=generator).to(device)
+    noise = torch.Generator().manual_seed(options.seed)  # on the CPU: the same for every device
+    z = torch.randn(options.n + 2, latent_dim, generator=noise).to(device)
     save("samples.png", decode(z[2:]), 8)
     save("interpolation.png", decode(path_between(z[0], z[1], options.steps)), options.steps)
 
     if is_vae:
-        data = common.load_dataset(
-            options.dataset or config["dataset"], options.data or config["data"], image_shape[-1]
-        )
+        name, root = options.dataset or config["dataset"], options.data or config["data"]
+        data = common.load_dataset(name, root, size=image_shape[-1])
         if data.train.shape[1:] != image_shape:
-            raise common.Error(
-                f"the images of {data.name} are {tuple(data.train.shape[1:])}, the model's {image_shape}"
-            )
+            raise common.Error(f"the images of {name} are {tuple(data.train.shape[1:])}, the model's {image_shape}")
         if max(options.images) >= len(data.train):
             raise common.Error(f"--images: {data.name} has {len(data.train)} training images, counted from 0")
         ends = data.train[options.images].to(device) / 255
@@ -101,10 +95,8 @@ def main(argv=None):
         save("interpolation_digits.png", row, len(row))
 
         x = data.test[:50].to(device) / 255
-        mean, log_var = model.encoder(x.flatten(1))
-        epsilon = torch.randn(mean.shape, generator=generator).to(device)
-        z = mean if config["autoencoder"] else mean + torch.exp(0.5 * log_var) * epsilon
-        save("reconstructions.png", vae.pairs(x, decode(z)), 10)
+        epsilon = torch.randn(len(x), latent_dim, generator=noise).to(device)
+        save("reconstructions.png", vae.reconstruct(model, x, epsilon), 10)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """t-SNE (van der Maaten and Hinton, 2008) of a VAE's codes of the test images, coloured by class.
 
-Without a run it takes the newest VAE under runs/. Beside the map it gives the accuracy of the nearest
-neighbour, how often the closest other code has the same class, and how many dimensions of z are in use.
+Without a run it takes the newest runs/vae*. It also prints the accuracy of the nearest neighbour (how often the
+closest other code is of the same class) and how many dimensions of z the VAE uses.
 
     python tsne.py                                       # the means, as in the lab
     python tsne.py runs/vae-beta1 --codes std            # the standard deviations instead
@@ -43,7 +43,7 @@ def draw(points, labels, classes, title):
     colours = colormaps["tab10" if len(classes) <= 10 else "gist_rainbow"].resampled(len(classes))
     for label, name in enumerate(classes):
         axes.scatter(*points[labels == label].T, s=12, color=colours(label), label=name)
-    axes.set(title=title, xticks=[], yticks=[], aspect="equal")  # only who is near whom has a meaning
+    axes.set(title=title, xticks=[], yticks=[], aspect="equal")  # the axes mean nothing, only which points are close
     columns = 1 + (len(classes) - 1) // 25
     figure.legend(loc="outside right upper", fontsize="small" if columns == 1 else 5, ncols=columns)
     return figure
@@ -51,28 +51,20 @@ def draw(points, labels, classes, title):
 
 def parse_options(argv):
     parser = ArgumentParser("tsne.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    newest = max(Path("runs").glob("vae*/checkpoint.pt"), key=os.path.getmtime, default=None)
     codes = ["mean", "sample", "std", "pixels"]
-    parser.add_argument(
-        "run", nargs="?", type=Path, help="a run's folder or a checkpoint (default: the newest VAE under runs/)"
-    )
-    parser.add_argument("--codes", choices=codes, default="mean", help="what stands for an image (default: mean)")
+    parser.add_argument("run", nargs="?", type=Path, default=newest, help="run or checkpoint (default: newest vae*)")
+    parser.add_argument("--codes", choices=codes, default="mean", help="what to map of each image (default: mean)")
     parser.add_argument("--n", type=between(int, 3), default=1000, help="test images on the map (default: 1000)")
-    parser.add_argument(
-        "--perplexity", type=between(float, 1), default=30.0, help="neighbours that count (default: 30)"
-    )
+    parser.add_argument("--perplexity", type=between(float, 1), default=30.0, help="of t-SNE (default: 30)")
     parser.add_argument("--dataset", choices=[*common.SETS, "digits"], help="the images (default: the run's)")
-    parser.add_argument("--data", help="the folder of the data sets (default: the run's)")
-    parser.add_argument("--out", type=Path, help="the folder to write to (default: the run's)")
-    parser.add_argument(
-        "--seed", type=between(int, 0, 2**32), default=0, help="seed of the random numbers (default: 0)"
-    )
+    parser.add_argument("--data", help="folder of the data sets (default: the run's)")
+    parser.add_argument("--out", type=Path, help="folder to write to (default: the run's)")
+    parser.add_argument("--seed", type=between(int, 0, 2**32), default=0, help="of all random numbers (default: 0)")
     parser.add_argument("--device", choices=common.DEVICES, default="auto", help="auto: a GPU if any (default: auto)")
     options = parser.parse_args(argv)
     if options.run is None:
-        newest_first = sorted(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime, reverse=True)
-        options.run = next((run for run in newest_first if common.load_checkpoint(run).get("model") == "vae"), None)
-    if options.run is None:
-        parser.error("there is no VAE under runs/: train one first, or name one")
+        parser.error("there is no VAE in runs/: train one first, or name one")
     return options
 
 
@@ -84,10 +76,11 @@ def main(argv=None):
     model, config = vae.load(options.run, device)
     if config["autoencoder"] and options.codes in ("sample", "std"):
         raise common.Error(f"--codes {options.codes}: an autoencoder has no variance; use mean or pixels")
-    shape = config["image_shape"]
-    data = common.load_dataset(options.dataset or config["dataset"], options.data or config["data"], shape[-1])
-    if data.test.shape[1:] != shape:
-        raise common.Error(f"the images of {data.name} are {tuple(data.test.shape[1:])}, the model's are {shape}")
+    image_shape = config["image_shape"]
+    name, root = options.dataset or config["dataset"], options.data or config["data"]
+    data = common.load_dataset(name, root, size=image_shape[-1])
+    if data.test.shape[1:] != image_shape:
+        raise common.Error(f"the images of {name} are {tuple(data.test.shape[1:])}, the model's {image_shape}")
     n = min(options.n, len(data.test))
     if options.perplexity >= n:
         raise common.Error(f"--perplexity must be below the number of images, {n}")
@@ -103,8 +96,7 @@ def main(argv=None):
 
     from sklearn.manifold import TSNE
 
-    init = "pca" if codes.shape[1] > 1 else "random"
-    points = TSNE(2, perplexity=options.perplexity, init=init, random_state=options.seed).fit_transform(codes)
+    points = TSNE(2, perplexity=options.perplexity, random_state=options.seed).fit_transform(codes)
     of_codes = nearest_neighbour_accuracy(codes, labels)
     of_map = nearest_neighbour_accuracy(points, labels)
     text = f"1-nearest-neighbour accuracy {of_codes:.1%} of the codes, {of_map:.1%} on the map"

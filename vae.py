@@ -1,7 +1,7 @@
 """Variational Autoencoder (Kingma and Welling, 2013) on MNIST, in plain PyTorch.
 
-The encoder maps an image x to a Gaussian N(mean, std^2), the decoder turns a sample z of it into an
-image x_pred, and both are trained to minimise
+The encoder maps an image x to a Gaussian N(mean, std^2), the decoder turns a sample z from that
+Gaussian into an image x_pred, and both are trained to minimise
 
     BCE(x_pred, x) + beta * KL(N(mean, std^2) || N(0, 1))     with  z = mean + std * epsilon
 
@@ -183,7 +183,8 @@ class ConvDecoder(nn.Module):
 class Autoencoder(VAE):
     """A plain autoencoder: z is the mean, and nothing is sampled.
 
-    Train it with beta = 0: with the log_var of 0 that it returns, the KL divergence means nothing.
+    The encoder's log_var layer is not used. In its place forward returns zeros, for which the KL divergence
+    means nothing: train it with beta = 0.
     """
 
     def forward(self, x):
@@ -209,11 +210,10 @@ from tqdm import tqdm
 import common
 from common import between
 
-COLUMNS = [f"{split}/{name}" for split in ("train", "val") for name in ("reconstruction_loss", "kl_loss", "loss")]
 CURVES = {
     "reconstruction, nats per image": ["train/reconstruction_loss", "val/reconstruction_loss"],
     "KL divergence, nats per image": ["train/kl_loss", "val/kl_loss"],
-    "loss = reconstruction + beta * KL": ["train/loss", "val/loss"],
+    "loss, nats per image": ["train/loss", "val/loss"],
 }
 
 
@@ -223,30 +223,30 @@ def parse_options(argv):
     loss, folder = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
     loss.add_argument("--beta", type=between(float, 0), default=10.0, help="weight of the KL divergence (default: 10)")
     loss.add_argument("--autoencoder", action="store_true", help="no sampling, no KL divergence (default: a VAE)")
-    parser.add_argument("--arch", choices=["fc", "conv"], default="fc", help="fully connected or not (default: fc)")
-    parser.add_argument("--hidden-dim", type=between(int, 1), default=512, help="width of the layers (default: 512)")
+    parser.add_argument("--arch", choices=["fc", "conv"], default="fc", help="linear or convolutional (default: fc)")
+    parser.add_argument("--hidden-dim", type=between(int, 1), default=512, help="units per layer (default: 512)")
     parser.add_argument("--latent-dim", type=between(int, 1), default=128, help="dimensions of z (default: 128)")
     parser.add_argument("--epochs", type=between(int, 1), default=150, help="passes over the images (default: 150)")
     parser.add_argument("--batch-size", type=between(int, 1), help="images per step (default: 1024; 64 on digits)")
     parser.add_argument("--lr", type=between(float, 1e-12), default=1e-3, help="Adam's learning rate (default: 0.001)")
-    parser.add_argument("--seed", type=between(int, 0, 2**63), default=0, help="of the random numbers (default: 0)")
+    parser.add_argument("--seed", type=between(int, 0, 2**63), default=0, help="of all random numbers (default: 0)")
     parser.add_argument("--device", choices=common.DEVICES, default="auto", help="auto: a GPU if any (default: auto)")
     parser.add_argument("--dataset", choices=[*common.SETS, "digits"], help="images (default: mnist, or else digits)")
-    parser.add_argument("--data", default="data", help="the folder of the data sets (default: data)")
+    parser.add_argument("--data", default="data", help="folder of the data sets (default: data)")
     parser.add_argument("--subset", type=between(int, 1), help="train on the first SUBSET images (default: all)")
     folder.add_argument("--out", help="a new folder for the run (default: one under runs/)")
-    folder.add_argument("--resume", metavar="RUN", help="go on with a run and its options (default: a new run)")
+    folder.add_argument("--resume", metavar="RUN", help="the folder of a run to go on with (default: none)")
     parser.add_argument("--bf16", action="store_true", help="bfloat16, if faster (default: float32, TF32 on CUDA)")
     parser.add_argument("--tensorboard", action="store_true", help="log for TensorBoard too (default: no)")
     options, checkpoint = parser.parse_args(argv), None
     if options.resume:
-        checkpoint = common.load_checkpoint(options.resume)
-        if checkpoint.get("model") != "vae" or "metrics" not in checkpoint:
+        checkpoint = common.load_checkpoint(Path(options.resume, "checkpoint.pt"))
+        if checkpoint.get("model") != "vae" or not checkpoint.keys() >= {"config", "metrics"}:
             raise common.Error(f"{options.resume} is not a run of vae.py that could be resumed")
         parser.set_defaults(**checkpoint["config"])
         options = parser.parse_args(argv)
-        if options.autoencoder != checkpoint["config"]["autoencoder"]:
-            parser.error("a VAE cannot go on as an autoencoder")
+        if options.autoencoder and (options.beta or not checkpoint["config"]["autoencoder"]):
+            parser.error("a VAE cannot go on as an autoencoder, and an autoencoder has no --beta")
     if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
         parser.error("--tensorboard needs a package that is not installed: pip install tensorboard")
     return options, checkpoint
@@ -271,7 +271,7 @@ def load(path, device="cpu"):
     """
     checkpoint = common.load_checkpoint(path, device)
     weights = checkpoint["state_dict"]
-    if checkpoint.get("model") == "vae":
+    if checkpoint.get("model") == "vae" and "config" in checkpoint:
         config = {**checkpoint["config"], "image_shape": tuple(checkpoint["image_shape"])}
     elif "encoder.mean.weight" in weights and "encoder.backbone.0.weight" in weights:
         latent_dim, hidden_dim = weights["encoder.mean.weight"].shape
@@ -288,9 +288,9 @@ def load(path, device="cpu"):
 
 
 def speed_up(model, device, bf16):
-    """Compute the same faster: with another order in memory and, if bf16, with matrix products in bfloat16."""
+    """Store convolution weights channels last, which is faster on a CPU; if bf16, multiply matrices in bfloat16."""
     if device.type == "cpu":
-        model.to(memory_format=torch.channels_last)  # for the convolutions, which read all channels of a pixel
+        model.to(memory_format=torch.channels_last)
     if bf16:
         for network in (model.encoder, model.decoder):
             network.forward = torch.autocast(device.type, torch.bfloat16)(network.forward)
@@ -298,9 +298,12 @@ def speed_up(model, device, bf16):
             layer.register_forward_hook(lambda layer, inputs, output: output.float())  # the losses need float32
 
 
-def pairs(images, reconstructions):
-    """Rows of ten images, each above the row of their reconstructions."""
-    return torch.cat([row for pair in zip(images.split(10), reconstructions.split(10)) for row in pair])
+def reconstruct(model, x, epsilon):
+    """Rows of ten images x (N, C, H, W), each row above its reconstructions from z = mean + std * epsilon."""
+    mean, log_var = model.encoder(x.flatten(1))
+    z = mean if isinstance(model, Autoencoder) else mean + torch.exp(0.5 * log_var) * epsilon
+    x_pred = model.decoder(z).view_as(x)
+    return torch.cat([row for pair in zip(x.split(10), x_pred.split(10)) for row in pair])
 
 
 def main(argv=None):
@@ -319,20 +322,20 @@ def main(argv=None):
     model = build(image_shape, vars(options)).to(device)
     speed_up(model, device, options.bf16)
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
+    # Binary cross-entropy aborts on nan, on CUDA with the whole process. check_finite names the cause instead.
+    model.decoder.register_forward_hook(lambda decoder, inputs, x_pred: x_pred.nan_to_num(0.5))
 
     rng = torch if device.type == "cpu" else torch.get_device_module(device)  # holds the state of randn and the like
     if checkpoint:
-        folder = Path(options.resume) if Path(options.resume).is_dir() else Path(options.resume).parent
-        rows = checkpoint["metrics"]
-        common.restore(options.resume, checkpoint, model, [optimizer])
-        if device.type in checkpoint["random_states"]:
+        folder, rows = Path(options.resume), checkpoint["metrics"]
+        common.restore(folder, checkpoint, model, [optimizer])
+        if options.seed == checkpoint["config"]["seed"] and device.type in checkpoint["random_states"]:
             rng.set_rng_state(checkpoint["random_states"][device.type])
     else:
         name = "vae-conv" if options.arch == "conv" else "vae"
         name += "-autoencoder" if options.autoencoder else f"-beta{options.beta:g}"
         name += f"-{data.name}" if data.name != "mnist" else ""
-        folder = common.new_folder(options.out, name)
-        rows = []
+        folder, rows = common.new_folder(options.out, name), []
     with common.whole_file(folder / "config.json") as file:
         file.write(json.dumps({"model": "vae", **vars(options)}, indent=2).encode())
     if options.tensorboard:
@@ -358,7 +361,7 @@ def main(argv=None):
             steps = math.ceil(n / options.batch_size)
             for x in tqdm(batches, f"epoch {epoch}", steps, leave=False, delay=2, disable=common.NO_BAR):
                 sums += torch.stack(vae_step(model, optimizer, x.flatten(1), options.beta))
-            reconstruction, kl = (sums / n).tolist()  # the only wait for the device
+            reconstruction, kl = (sums / n).tolist()  # the training pass's only wait
             loss = reconstruction + options.beta * kl
             speed = n / (time.perf_counter() - start)
 
@@ -366,27 +369,25 @@ def main(argv=None):
             val_reconstruction, val_kl, val_loss = evaluate(model, test_batches, options.beta)
 
             with torch.no_grad():
-                mean, log_var = model.encoder(fixed_x.flatten(1))
-                z = mean if options.autoencoder else mean + torch.exp(0.5 * log_var) * fixed_epsilon
-                reconstructions = pairs(fixed_x, model.decoder(z).unflatten(1, image_shape))
                 samples = model.decoder(fixed_z).unflatten(1, image_shape)
-            picture = f"{folder}/images/epoch_{epoch:03d}"
-            reconstructions = common.save_grid(f"{picture}_reconstructions.png", reconstructions)
-            samples = common.save_grid(f"{picture}_samples.png", samples)
+                pictures = {"reconstructions": reconstruct(model, fixed_x, fixed_epsilon), "samples": samples}
+            for name, images in pictures.items():
+                pictures[name] = common.save_grid(folder / f"images/epoch_{epoch:03d}_{name}.png", images)
 
             seconds = time.perf_counter() - start
             row = {"epoch": epoch, "seconds": round(seconds, 3), "images_per_second": round(speed)}
-            row.update(zip(COLUMNS, [reconstruction, kl, loss, val_reconstruction, val_kl, val_loss]))
+            row |= {"train/reconstruction_loss": reconstruction, "train/kl_loss": kl, "train/loss": loss}
+            row |= {"val/reconstruction_loss": val_reconstruction, "val/kl_loss": val_kl, "val/loss": val_loss}
             if options.autoencoder:
                 del row["train/kl_loss"], row["val/kl_loss"]
-            common.check_finite(row | model.state_dict())
+            common.check_finite(model.state_dict() | row)
             rows.append(row)
             common.save_metrics(folder / "metrics.csv", rows)
             if options.tensorboard:
                 for name, value in row.items():
                     board.add_scalar(name, value, epoch)
-                board.add_image("reconstructions", reconstructions, epoch)
-                board.add_image("samples", samples, epoch)
+                for name, grid in pictures.items():
+                    board.add_image(name, grid, epoch)
                 board.flush()
             if epoch == options.epochs or time.perf_counter() - saved_at > common.SAVE_EVERY:
                 checkpoint = {
@@ -406,21 +407,16 @@ def main(argv=None):
             equation = "" if options.autoencoder else f" = {val_reconstruction:.2f} + {options.beta:g} * {val_kl:.2f}"
             line = f"{epoch:>5}/{options.epochs:<3} {speed:9,.0f} {left!s:>10} {loss:9.2f} {val_loss:9.2f}{equation}"
             print(line, flush=True)
-    except RuntimeError:
-        common.check_finite(model.state_dict())  # binary_cross_entropy refuses nan: did the training diverge?
-        raise
     except KeyboardInterrupt:
         saved = (folder / "checkpoint.pt").exists()
-        way_back = (
-            f"go on with: python vae.py --resume {shlex.quote(str(folder))}" if saved else "nothing was saved yet"
-        )
-        raise KeyboardInterrupt(f"interrupted in epoch {epoch}; {way_back}") from None
+        way_back = f"go on with: python vae.py --resume {shlex.quote(folder.as_posix())}"
+        raise KeyboardInterrupt(f"interrupted; {way_back if saved else 'nothing was saved yet'}") from None
     finally:
         if rows:
             curves = {title: columns for title, columns in CURVES.items() if columns[0] in rows[0]}
             common.save_curves(folder / "losses.png", rows, curves)
     print(f"{folder}/: checkpoint.pt, metrics.csv, losses.png, images/")
-    print(f"next: python sample.py {shlex.quote(str(folder))}")
+    print(f"next: python sample.py {shlex.quote(folder.as_posix())}")
 
 
 if __name__ == "__main__":
