@@ -1,6 +1,8 @@
 """The tests: mathematics against an independent computation, the scripts as users run them, and failures."""
 
+import contextlib
 import csv
+import io
 import os
 import pickle
 import re
@@ -31,7 +33,7 @@ HERE = Path(__file__).parent
 SCRIPTS = {"vae": vae, "dcgan": dcgan, "sample": sample, "tsne": tsne}
 DIGITS = ["--dataset", "digits", "--device", "cpu", "--latent-dim", "8"]
 VAE_RUN = [*DIGITS, "--subset", "200", "--epochs", "3", "--hidden-dim", "32"]
-DCGAN_RUN = [*DIGITS, "--subset", "20", "--epochs", "2"]
+DCGAN_RUN = [*DIGITS, "--subset", "12", "--epochs", "2", "--batch-size", "5"]
 ABSENT = "mps" if torch.cuda.is_available() else "cuda"  # no machine has both
 
 
@@ -48,10 +50,12 @@ def in_an_empty_folder_without_a_network(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    """A trained run of each kind; tests only read them."""
+    """A trained run of each kind, and what it printed; tests only read them."""
     folder = tmp_path_factory.mktemp("trained")
-    vae.main([*VAE_RUN, "--out", str(folder / "vae")])
-    dcgan.main([*DCGAN_RUN, "--out", str(folder / "dcgan")])
+    for script, words in (("vae", VAE_RUN), ("dcgan", DCGAN_RUN)):
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            SCRIPTS[script].main([*words, "--out", str(folder / script)])
+        Path(folder, f"{script}.txt").write_text(output.getvalue())
     return folder
 
 
@@ -162,9 +166,9 @@ def test_the_convolutional_vae_takes_flat_images_and_learns(img_shape):
     x_pred, mean, log_var = model(x)
     assert (x_pred.shape, mean.shape, log_var.shape) == (x.shape, (8, 16), (8, 16))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(100):
+    for _ in range(50):
         vae.vae_step(model, optimizer, x, beta=0)
-    assert F.mse_loss(model(x)[0], x) < 0.2 * x.var()
+    assert F.mse_loss(model(x)[0], x) < 0.3 * x.var()
 
 
 def test_the_autoencoder_samples_nothing():
@@ -372,41 +376,37 @@ def test_the_vae_from_the_shell():
     assert metrics(f"{run}-2") == rows and same_weights(run, f"{run}-2")
 
 
-def test_the_dcgan_from_the_shell():
-    done = python(HERE / "dcgan.py", *DCGAN_RUN, "--batch-size", 8, "--out", "run")
-    assert done.returncode == 0, done.stderr
-    assert max(map(len, done.stdout.splitlines())) <= 80
-    checkpoint, rows = saved("run"), metrics("run")
+def test_a_dcgan_keeps_every_step_and_their_means(runs):
+    assert max(map(len, Path(runs, "dcgan.txt").read_text().splitlines()[1:-2])) <= 80
+    checkpoint, rows = saved(runs / "dcgan"), metrics(runs / "dcgan")
     assert (checkpoint["model"], checkpoint["epoch"], tuple(checkpoint["image_shape"])) == ("dcgan", 2, (1, 32, 32))
     assert {key.split(".")[0] for key in checkpoint["state_dict"]} == {"generator", "discriminator"}
-    steps = checkpoint["steps"].view(2, 3, 4)  # epochs, steps, numbers; the third step has the last 4 of 20 images
-    means = (steps * torch.tensor([8, 8, 4])[None, :, None]).sum(1) / 20
+    steps = checkpoint["steps"].view(2, 3, 4)  # epochs, steps, numbers; the third step has the last 2 of 12 images
+    means = (steps * torch.tensor([5, 5, 2])[None, :, None]).sum(1) / 12
     for row, (g_loss, d_loss, real_acc, fake_acc) in zip(rows, means.tolist()):
         expected = [g_loss, d_loss, real_acc, fake_acc, (real_acc + fake_acc) / 2]
         assert [float(value) for value in row.values()][1:] == pytest.approx(expected)
-    assert Image.open("run/images/epoch_002_samples.png").size == (10 * 34 + 2, 5 * 34 + 2)
+    assert Image.open(runs / "dcgan/images/epoch_002_samples.png").size == (10 * 34 + 2, 5 * 34 + 2)
 
 
-def test_the_pictured_reconstructions_are_of_a_sampled_z():
-    vae.main([*VAE_RUN, "--epochs", "1", "--out", "run"])
-    sample.main(["run"])
-    model, _ = vae.load("run")
+def test_the_pictured_reconstructions_are_of_a_sampled_z(runs):
+    sample.main([str(runs / "vae"), "--out", "pictures"])
+    model, _ = vae.load(runs / "vae")
     x = common.load_digits(28).test[:10] / 255
     mean, log_var = model.encoder(x.flatten(1))
     noise = torch.randn(2, 50, 8, generator=torch.Generator().manual_seed(0))[1, :10]
     first_row = torch.cat([x, model.decoder(mean + torch.exp(0.5 * log_var) * noise).view_as(x)]).detach()
     common.save_grid("expected.png", first_row)
-    drawn, expected = pixels("run/images/epoch_001_reconstructions.png"), pixels("expected.png")
+    drawn, expected = pixels(runs / "vae/images/epoch_003_reconstructions.png"), pixels("expected.png")
     assert (drawn[: len(expected)] - expected).abs().max() <= 1.001 / 255
-    assert (pixels("run/reconstructions.png")[32:60] - expected[32:60]).abs().max() > 0.01  # other noise
+    assert (pixels("pictures/reconstructions.png")[32:60] - expected[32:60]).abs().max() > 0.01  # other noise
 
 
-def test_bf16_is_for_matrix_products_alone(monkeypatch):
+def test_bf16_is_for_matrix_products_alone(runs, monkeypatch):
     monkeypatch.setattr(common, "bf16_pays", lambda device: True)
     for script, words, column in (("vae", VAE_RUN, "val/loss"), ("dcgan", DCGAN_RUN, "generator/loss")):
-        SCRIPTS[script].main([*words, "--out", f"{script}-float32"])
-        SCRIPTS[script].main([*words, "--out", f"{script}-bf16", "--bf16"])
-        losses = [float(metrics(f"{script}-{kind}")[-1][column]) for kind in ("float32", "bf16")]
+        SCRIPTS[script].main([*words, "--out", script, "--bf16", "--epochs", "1"])
+        losses = [float(metrics(run)[0][column]) for run in (script, runs / script)]
         assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.01)
     model = lab_vae(64, 8)
     vae.speed_up(model, torch.device("cpu"), bf16=True)
@@ -416,19 +416,19 @@ def test_bf16_is_for_matrix_products_alone(monkeypatch):
     torch.testing.assert_close(model.decoder(torch.randn(2, 8)), torch.sigmoid(torch.full((2, 784), 8.0)))  # bf16: 1
 
 
-@pytest.mark.parametrize("seconds,used", [([1, 2], True), ([2, 1], False)])  # in bf16, in float32
-def test_bf16_is_used_where_it_pays(seconds, used, runs, monkeypatch, capsys):
+def test_bf16_is_used_only_where_it_pays(runs, monkeypatch, capsys):
+    seconds = [1, 2, 2, 1]  # in bfloat16, in float32; the same in the run
     monkeypatch.setattr("timeit.repeat", lambda *args, **kwargs: [seconds.pop(0)])
+    assert common.bf16_pays(torch.device("cpu")) and not capsys.readouterr().out
     vae.main([*VAE_RUN, "--bf16", "--out", "run"])
-    assert saved("run")["config"]["bf16"] is used and not seconds
-    assert ("training in float32" in capsys.readouterr().out) is not used
-    assert same_weights("run", runs / "vae") is not used
+    assert "training in float32" in capsys.readouterr().out
+    assert saved("run")["config"]["bf16"] is False and same_weights("run", runs / "vae")
 
 
 BAD = {
     "vae": ["--beta nan", "--beta -1", "--beta 1 --autoencoder", "--hidden-dim 0", "--arch gru"],
-    "dcgan": ["--b1 1", "--b2 -0.1", "--latent-dim 1.5"],
-    "vae dcgan": ["--epochs 0", "--subset 0", "--lr 0", "--lr inf", "--seed -1", "--dataset x", "--out a --resume b"],
+    "dcgan": ["--b1 1", "--latent-dim 1.5"],
+    "vae dcgan": ["--epochs 0", "--subset 0", "--lr inf", "--seed -1", "--dataset x", "--out a --resume b"],
     "sample tsne": ["", "--n 0"],
 }
 
@@ -461,7 +461,7 @@ def test_tensorboard_is_optional_and_gets_losses_and_grids(monkeypatch, capsys):
         vae.main([*VAE_RUN, "--tensorboard"])
     assert "pip install tensorboard" in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    for script, words in (("vae", VAE_RUN), ("dcgan", [*DCGAN_RUN, "--batch-size", "8"])):
+    for script, words in (("vae", VAE_RUN), ("dcgan", DCGAN_RUN)):
         board = MagicMock()
         monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", MagicMock(SummaryWriter=board))
         SCRIPTS[script].main([*words, "--tensorboard", "--out", script])
@@ -472,7 +472,9 @@ def test_tensorboard_is_optional_and_gets_losses_and_grids(monkeypatch, capsys):
             assert {name: scalars[name, 3] for name in last} == pytest.approx(last)
             assert grids == [(name, epoch) for epoch in (1, 2, 3) for name in ("reconstructions", "samples")]
         else:  # every step
-            assert [scalars["generator/loss", step] for step in range(1, 7)] == saved("dcgan")["steps"][:, 0].tolist()
+            steps = saved("dcgan")["steps"]
+            assert [scalars["generator/loss", step] for step in range(1, 7)] == steps[:, 0].tolist()
+            assert scalars["discriminator/overall_acc", 6] == pytest.approx(steps[5, 2:].mean().item())
             assert grids == [("samples", 3), ("samples", 6)]
 
 
@@ -543,18 +545,14 @@ def test_the_newest_run_is_the_default(runs, capsys):
     assert "neither a run of vae.py" in error_of("tsne", "runs/dcgan")
 
 
-@pytest.mark.parametrize("codes", ["mean", "sample", "std", "pixels"])
-def test_tsne_draws_a_map_and_says_what_the_codes_are_worth(codes, runs, capsys):
-    tsne.main([str(runs / "vae"), "--codes", codes, "--n", "60", "--perplexity", "5", "--out", "maps"])
-    output = capsys.readouterr().out
-    assert "1-nearest-neighbour accuracy" in output and "of the 8 dimensions of z" in output
-    assert Image.open(f"maps/tsne_{codes}.png").size == (1200, 900)
-
-
-def test_the_nearest_neighbour_is_another_code():
-    codes = np.random.default_rng(0).normal(size=(30, 4))
-    labels = np.arange(30) % 3
-    distances = ((codes[:, None] - codes) ** 2).sum(-1) + np.diag(np.full(30, np.inf))
+def test_tsne_draws_a_map_and_says_what_the_codes_are_worth(runs, capsys):
+    for codes in ("mean", "sample", "std", "pixels"):
+        tsne.main([str(runs / "vae"), "--codes", codes, "--n", "60", "--perplexity", "5", "--out", "maps"])
+        output = capsys.readouterr().out
+        assert f"{codes}: 1-nearest-neighbour accuracy" in output and "of the 8 dimensions of z" in output
+        assert Image.open(f"maps/tsne_{codes}.png").size == (1200, 900)
+    codes, labels = np.random.default_rng(0).normal(size=(30, 4)), np.arange(30) % 3
+    distances = ((codes[:, None] - codes) ** 2).sum(-1) + np.diag(np.full(30, np.inf))  # to the other codes
     assert tsne.nearest_neighbour_accuracy(codes, labels) == (labels[distances.argmin(1)] == labels).mean()
 
 
@@ -564,6 +562,8 @@ def test_an_autoencoder_has_no_kl_and_no_variance(capsys):
     assert not saved("run")["optimizers"][0]["state"].keys() & {6, 7}  # log_var's weight and bias are not trained
     assert "no variance" in error_of("tsne", "run", "--codes", "std")
     sample.main(["run"])
+    with pytest.raises(SystemExit):
+        vae.main(["--resume", "run", "--beta", "1"])
 
 
 @pytest.mark.parametrize("kind", ["vae", "dcgan"])
@@ -571,12 +571,15 @@ def test_the_labs_checkpoints_and_bare_weights_open(kind, runs):
     weights = saved(runs / kind)["state_dict"]
     torch.save({"epoch": 149, "pytorch-lightning_version": "1.7.7", "state_dict": weights}, "lab.ckpt")
     torch.save(weights, "bare.pt")
-    for path in ("lab.ckpt", "bare.pt"):
+    torch.save({"model": kind, "epoch": 3, "state_dict": weights}, "own.pt")
+    for path in ("lab.ckpt", "bare.pt", "own.pt"):
         model, config = SCRIPTS[kind].load(path)
         assert same_weights(model.state_dict(), weights) and not model.training
         assert (config["latent_dim"], config["image_shape"]) == (8, (1, 28, 28) if kind == "vae" else (1, 32, 32))
-        sample.main([path, "--dataset", "digits", "--out", "pictures"])
-    assert f"not a run of {kind}.py" in error_of(kind, "--resume", "lab.ckpt")
+    sample.main(["lab.ckpt", "--dataset", "digits", "--out", "pictures"])
+    Path("lab").mkdir()
+    shutil.copy("lab.ckpt", "lab/checkpoint.pt")
+    assert f"not a run of {kind}.py" in error_of(kind, "--resume", "lab")
 
 
 class Malicious:
@@ -587,45 +590,31 @@ class Malicious:
 def test_a_bad_checkpoint_is_refused_and_nothing_in_it_runs(runs):
     whole, good = (runs / "vae" / "checkpoint.pt").read_bytes(), saved(runs / "vae")
     middle = len(whole) // 2
-    Path("empty.pt").touch()
-    Path("cut.pt").write_bytes(whole[:middle])
-    Path("bit.pt").write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
-    Path("text.pt").write_text("epoch,seconds\n")
-    torch.save({**good, "payload": Malicious()}, "code.pt")
-    torch.save({"model": {"weight": torch.zeros(2)}}, "foreign.pt")
-    torch.save({**good, "state_dict": {"encoder.mean.weight": torch.zeros(2, 2)}}, "alien.pt")
-    for path in ("empty.pt", "cut.pt", "bit.pt", "text.pt", "code.pt", "foreign.pt", "alien.pt", "missing.pt"):
-        for script, words in (("sample", [path]), ("tsne", [path]), ("vae", ["--resume", path, "--epochs", 9])):
-            assert path in error_of(script, *words)
-    assert "Unsupported global" in error_of("sample", "code.pt") and not Path("executed").exists()
-    assert "Missing key(s)" in error_of("sample", "alien.pt")
+    bit = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    bad = {"empty": b"", "cut": whole[:middle], "bit": bit, "text": b"epoch,seconds"}
+    bad["code"] = {**good, "payload": Malicious()}
+    bad["foreign"] = {"model": {"weight": torch.zeros(2)}}
+    bad["alien"] = {**good, "state_dict": {"encoder.mean.weight": torch.zeros(2, 2)}}
+    for run, content in bad.items():
+        Path(run).mkdir()
+        path = Path(run, "checkpoint.pt")
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    for run in [*bad, "missing"]:
+        assert run in error_of("sample", run) and run in error_of("vae", "--resume", run, "--epochs", 9)
+    assert "Unsupported global" in error_of("sample", "code") and not Path("executed").exists()
+    assert "Missing key(s)" in error_of("tsne", "alien")
     assert "size mismatch for encoder.backbone.0.weight" in error_of("vae", "--resume", runs / "vae", "--hidden-dim", 9)
+    assert "not a run of dcgan.py" in error_of("dcgan", "--resume", runs / "vae")
     with pytest.raises(SystemExit):
         vae.main(["--resume", str(runs / "vae"), "--autoencoder"])
-    assert "not a run of dcgan.py" in error_of("dcgan", "--resume", runs / "vae")
 
 
 # --- Nothing is lost ---
 
 
-def script_in_a_process(script, words, before=""):
-    """Popen of a script, with lines of Python before it; SIGINT interrupts it even from a background shell."""
-    code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import sys, common, {script}\n"
-    code += f"{before}\nsys.argv = {[f'{script}.py', *map(str, words)]}\ncommon.run_script({script}.main)"
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_WAIT_POLICY": "passive"}
-    return subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for(path, process):
-    while not Path(path).exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
-
-
 KILLED_WHILE_WRITING = """
-import os
+import os, signal, sys
+import common, {script}
 write_bytes, written = common.Path.write_bytes, []
 def write_half_of_the_third_checkpoint(path, data):
     written.append(path.name)
@@ -635,32 +624,26 @@ def write_half_of_the_third_checkpoint(path, data):
     return write_bytes(path, data)
 common.Path.write_bytes = write_half_of_the_third_checkpoint
 common.SAVE_EVERY = 0
+{script}.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("script,run", [("vae", VAE_RUN), ("dcgan", [*DCGAN_RUN, "--batch-size", "16"])])
-def test_a_killed_run_resumes_bit_for_bit_from_its_checkpoint_alone(script, run):
-    words = [*run, "--epochs", "6"]
-    main = SCRIPTS[script].main
-    befores = {"halfway": KILLED_WHILE_WRITING, "killed": "common.SAVE_EVERY = 0"}
-    processes = {out: script_in_a_process(script, [*words, "--out", out], before) for out, before in befores.items()}
-    main([*words, "--out", "whole"])
-    wait_for("killed/checkpoint.pt", processes["killed"])
-    time.sleep(np.random.default_rng().uniform(0, 0.3))
-    processes["killed"].kill()
-    for process in processes.values():
-        process.communicate()
-    assert processes["halfway"].returncode == -signal.SIGKILL and Path("halfway/checkpoint.pt.tmp").exists()
-    assert saved("halfway")["epoch"] == 2
-    Path("moved").mkdir()
-    shutil.copy("halfway/checkpoint.pt", "moved")
-
-    for out in ("halfway", "killed", "moved"):
-        main(["--resume", out])
-        assert metrics(out) == metrics("whole") and same_weights(out, "whole")
-        assert not Path(out, "checkpoint.pt.tmp").exists()
-        if script == "dcgan":
-            assert torch.equal(saved(out)["steps"], saved("whole")["steps"])
+def test_a_killed_run_resumes_bit_for_bit_from_its_checkpoint_alone():
+    processes = {}
+    for script, words in (("vae", VAE_RUN), ("dcgan", DCGAN_RUN)):
+        code, words = KILLED_WHILE_WRITING.format(script=script), [*words, "--epochs", "4", "--out"]
+        environment = {**os.environ, "PYTHONPATH": str(HERE)}
+        processes[script] = subprocess.Popen([sys.executable, "-c", code, *words, script], env=environment)
+        SCRIPTS[script].main([*words, f"{script}-whole"])
+    for script, process in processes.items():
+        assert process.wait(timeout=100) == -signal.SIGKILL and Path(script, "checkpoint.pt.tmp").exists()
+        Path("moved", script).mkdir(parents=True)
+        shutil.copy(f"{script}/checkpoint.pt", f"moved/{script}")
+        assert saved(f"moved/{script}")["epoch"] == 2
+        SCRIPTS[script].main(["--resume", f"moved/{script}"])
+        assert metrics(f"moved/{script}") == metrics(f"{script}-whole")
+        assert same_weights(f"moved/{script}", f"{script}-whole")
+    assert torch.equal(saved("moved/dcgan")["steps"], saved("dcgan-whole")["steps"])
 
 
 def test_resuming_lays_out_adams_moments_as_the_weights():
@@ -680,50 +663,58 @@ def test_what_is_given_beside_resume_changes_the_run(runs, monkeypatch):
     Path("run/losses.png").unlink()
     vae.main(["--resume", "run"])  # it is finished: the curves are drawn again
     assert Path("run/losses.png").exists() and same_weights("run", runs / "vae")
+    shutil.copytree("run", "seeded")
     rates, step = [], torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (rates.append(self.param_groups[0]["lr"]), step(self)))
     vae.main(["--resume", "run", "--epochs", "4", "--lr", "0.5"])
     assert set(rates) == {0.5} and saved("run")["config"]["lr"] == 0.5 and len(metrics("run")) == 4
+    vae.main(["--resume", "seeded", "--epochs", "4", "--lr", "0.5", "--seed", "1"])
+    assert not same_weights("seeded", "run")
 
 
-def test_a_signal_ends_the_run_with_a_way_back():
-    vae.main([*VAE_RUN, "--epochs", "5", "--out", "whole"])
-    words = [*VAE_RUN, "--epochs", "100000", "--out"]
-    processes = {
-        number: script_in_a_process("vae", [*words, number.name]) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    for number, process in processes.items():
-        wait_for(f"{number.name}/checkpoint.pt", process)
-        process.send_signal(number)
-    for number, process in processes.items():
-        run = number.name
-        _, errors = process.communicate(timeout=30)
-        assert process.returncode == 130 and len(errors.splitlines()) == 1
-        assert errors.startswith("vae.py: interrupted in epoch ") and f"python vae.py --resume {run}" in errors
-        assert Path(run, "losses.png").exists()
-        vae.main(["--resume", run, "--epochs", "5"])
-        assert metrics(run) == metrics("whole") and same_weights(run, "whole")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_with_a_way_back(number, runs, monkeypatch, capsys):
+    handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setattr(sys, "argv", ["vae.py", *VAE_RUN, "--out", "run"])
+    save_checkpoint = common.save_checkpoint
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(common, "save_checkpoint", lambda *args: (save_checkpoint(*args), signal.raise_signal(number)))
+        common.run_script(vae.main)
+    for kind, handler in handlers.items():
+        signal.signal(kind, handler)
+    assert stop.value.code == 130 and saved("run")["epoch"] == 1 and Path("run/losses.png").exists()
+    assert capsys.readouterr().err == "vae.py: interrupted; go on with: python vae.py --resume run\n"
+    vae.main(["--resume", "run"])
+    assert metrics("run") == metrics(runs / "vae") and same_weights("run", runs / "vae")
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_checkpoint():
-    vae.main([*VAE_RUN, "--out", "run"])
-    before = Path("run/checkpoint.pt").read_bytes()
-    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2},) * 2)"
-    process = script_in_a_process("vae", ["--resume", "run", "--epochs", "9"], limit)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and len(errors.splitlines()) == 1
-    assert errors.startswith("vae.py: error: cannot write run/checkpoint.pt: "), errors
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint(runs, monkeypatch):
+    shutil.copytree(runs / "vae", "run")
+    before, write_bytes = Path("run/checkpoint.pt").read_bytes(), Path.write_bytes
+
+    def write_half_a_checkpoint(path, data):
+        if path.name != "checkpoint.pt.tmp":
+            return write_bytes(path, data)
+        write_bytes(path, data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", write_half_a_checkpoint)
+        line = error_of("vae", "--resume", "run", "--epochs", 4)
+    assert line.startswith("cannot write run/checkpoint.pt: No space left on device")
     assert Path("run/checkpoint.pt").read_bytes() == before and not list(Path("run").glob("*.tmp"))
     vae.main(["--resume", "run", "--epochs", "4"])
     assert len(metrics("run")) == 4
 
 
-def test_divergence_is_said_only_of_what_is_not_finite(monkeypatch):
+def test_divergence_is_said_only_of_what_is_not_finite(runs, monkeypatch):
     for script, words in (("vae", VAE_RUN), ("dcgan", DCGAN_RUN)):
         for batch_size in (7, 200):  # the nan comes within the epoch, or after it
             line = error_of(script, *words, "--lr", 1e300, "--batch-size", batch_size)
             assert "weight is not finite" in line and "--lr" in line
-    vae.main([*VAE_RUN, "--out", "run"])
+    shutil.copytree(runs / "vae", "run")
     before = Path("run/checkpoint.pt").read_bytes()
     monkeypatch.setattr(vae, "evaluate", lambda *args: (1.0, float("inf"), float("inf")))
     assert "val/kl_loss is not finite" in error_of("vae", "--resume", "run", "--epochs", 5)
