@@ -109,14 +109,6 @@ def test_kl_is_that_of_torch_distributions():
     assert tsne.dimensions_in_use(mean, log_var, threshold=0.9) == (kl.mean(0) > 0.9).sum()
 
 
-def test_reconstruction_loss_is_the_written_out_cross_entropy():
-    x_pred, x = torch.rand(3, 4, dtype=torch.double), torch.rand(3, 4, dtype=torch.double)
-    expected = 0.0
-    for p, t in zip(x_pred.flatten().tolist(), x.flatten().tolist()):
-        expected -= t * np.log(p) + (1 - t) * np.log(1 - p)
-    assert vae.reconstruction_loss(x_pred, x).item() == pytest.approx(expected)
-
-
 def test_a_vae_step_is_the_one_written_out_the_slow_way():
     model, x = lab_vae(), torch.rand(16, 784)
     assert sum(p.numel() for p in model.encoder.parameters()) == 795_904
@@ -158,11 +150,10 @@ def test_evaluate_gives_means_over_images_not_batches():
     assert not model.training
 
 
-@pytest.mark.parametrize("img_shape", [(1, 28, 28), (3, 32, 32)])
-def test_the_convolutional_vae_takes_flat_images_and_learns(img_shape):
+def test_the_convolutional_vae_takes_flat_images_and_learns():
     torch.manual_seed(0)
-    model = vae.VAE(vae.ConvEncoder(img_shape, 64, 16), vae.ConvDecoder(16, 64, img_shape))
-    x = common.load_digits(img_shape[-1]).train[:8].expand(8, *img_shape).flatten(1) / 255
+    model = vae.VAE(vae.ConvEncoder((3, 32, 32), 64, 16), vae.ConvDecoder(16, 64, (3, 32, 32)))
+    x = common.load_digits(32).train[:8].expand(8, 3, 32, 32).flatten(1) / 255
     x_pred, mean, log_var = model(x)
     assert (x_pred.shape, mean.shape, log_var.shape) == (x.shape, (8, 16), (8, 16))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -499,12 +490,8 @@ def test_curves_show_every_step_and_a_single_epoch(monkeypatch):
 def test_pictures_have_their_tiles_and_equal_seeds_give_equal_bytes(runs, capsys):
     for out, seed in (("a", "5"), ("b", "5"), ("c", "6")):
         sample.main([str(runs / "vae"), "--out", out, "--seed", seed])
-    tiles = {
-        "samples.png": (8, 3),
-        "interpolation.png": (11, 1),
-        "interpolation_digits.png": (13, 1),
-        "reconstructions.png": (10, 10),
-    }
+    tiles = {"samples.png": (8, 3), "interpolation.png": (11, 1), "interpolation_digits.png": (13, 1)}
+    tiles["reconstructions.png"] = (10, 10)
     assert capsys.readouterr().out.split() == [f"{out}/{name}" for out in "abc" for name in tiles]
     for name, (columns, rows) in tiles.items():
         assert Image.open(f"a/{name}").size == (columns * 30 + 2, rows * 30 + 2)
@@ -539,9 +526,8 @@ def test_the_newest_run_is_the_default(runs, capsys):
         shutil.copytree(runs / kind, f"runs/{kind}")
         os.utime(f"runs/{kind}/checkpoint.pt", (time.time() - age, time.time() - age))
     sample.main([])
-    tsne.main(["--n", "40", "--perplexity", "5"])
-    output = capsys.readouterr().out
-    assert "runs/dcgan/samples.png" in output and "runs/vae/tsne_mean.png" in output
+    assert "runs/dcgan/samples.png" in capsys.readouterr().out
+    assert tsne.parse_options([]).run == Path("runs/vae/checkpoint.pt")
     assert "neither a run of vae.py" in error_of("tsne", "runs/dcgan")
 
 
