@@ -404,7 +404,7 @@ def main(argv=None):
                 saved_at = time.perf_counter()
 
             left = timedelta(seconds=round(seconds * (options.epochs - epoch)))
-            equation = "" if options.autoencoder else f" = {val_reconstruction:.2f} + {options.beta:g} * {val_kl:.2f}"
+            equation = "" if options.autoencoder else f" = {val_reconstruction:.2f} + {options.beta:g} * {val_kl:.3f}"
             line = f"{epoch:>5}/{options.epochs:<3} {speed:9,.0f} {left!s:>10} {loss:9.2f} {val_loss:9.2f}{equation}"
             print(line, flush=True)
     except KeyboardInterrupt:
