@@ -162,7 +162,7 @@ def save_curves(path, rows, panels, steps=None):
             style = "-" if len(rows) > 1 else "o"
             (line,) = axes.plot(epochs, [row[column] for row in rows], style, label=column)
             if steps and column in steps:
-                x = torch.linspace(0, epochs[-1], len(steps[column]))
+                x = torch.linspace(0, epochs[-1], len(steps[column])).numpy()
                 axes.plot(x, steps[column], color=line.get_color(), linewidth=0.5, alpha=0.3, zorder=1)
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
