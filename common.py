@@ -1,83 +1,69 @@
-"""What the scripts share: small helpers for devices, images, pictures and files. No losses, no networks."""
+"""What the scripts share: images, pictures, and the files of a run. No losses, no networks."""
 
 import argparse
 import contextlib
-import io
-import math
+import csv
+import itertools
 import os
-import signal
-import socket
+import pickle
 import sys
 import textwrap
-import timeit
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-import torch  # other packages are imported where they are used, so that --help is quick
+import torch
+from tqdm.auto import tqdm
 
-SETS = dict(mnist="MNIST", fashion="FashionMNIST", kmnist="KMNIST", cifar10="CIFAR10", cifar100="CIFAR100")
-DEVICES = ["auto", "cuda", "mps", "cpu"]
-SAVE_EVERY = 30  # seconds between checkpoints
-NO_BAR = not (sys.stderr.isatty() or "ipykernel" in sys.modules)  # a bar would stay in a file
+SETS = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 
 
 class Error(Exception):
-    """An error that the user can mend; its text is one line that says how."""
+    """What the scripts foresee, such as a missing file; its text is one line for the user."""
 
 
 def run_script(main):
-    """Call main; an Error, Ctrl-C or SIGTERM ends in one line, anything else in Python's traceback."""
+    """Call main; an Error or Ctrl-C ends the script in one line, anything else in Python's traceback."""
     script = Path(sys.argv[0]).name
-    os.environ["MPLBACKEND"] = "agg"  # a notebook passes on its own, which may not be installed here
-    socket.setdefaulttimeout(30)  # seconds of silence after which a download gives up
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         main()
     except Error as error:
         sys.exit(f"{script}: error: {error}")
-    except KeyboardInterrupt as interruption:
-        print(f"{script}: {str(interruption) or 'interrupted'}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted", file=sys.stderr)
         sys.exit(130)
 
 
-def between(kind, low, high=math.inf):
-    """An argparse type: an int or a float with low <= number < high."""
-
-    def number(text):
-        if not low <= kind(text) < high:  # nan is in no range
-            raise argparse.ArgumentTypeError(f"{text} is not in the range {low} <= number < {high}")
-        return kind(text)
-
+def count(text):
+    """An argparse type: a whole number that is not below 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
     return number
 
 
+def one_line(error):
+    """The name of an exception and all of its text, on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def pick_device(name):
-    """The torch device for --device; "auto" is a GPU if there is one. Raises Error if it is not there."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind in available if available[kind])
-    if not available[name]:
-        raise Error(f"there is no {name} device here; use --device auto")
-    if name == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32
-    return torch.device(name)
+    """The torch.device of that name; "auto" is the accelerator (CUDA, ROCm, MPS, XPU) if there is one, or the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator()
+    return torch.device("cpu")
 
 
-def bf16_pays(device):
-    """Whether a matrix product is faster in bfloat16 than in float32, by a trial; says so if it is not."""
-    x = torch.ones(2 * [256 if device.type == "cpu" else 2048], device=device)
+def use_bf16(network, float32_layers):
+    """Compute matrix products and convolutions in network.forward in bfloat16; float32_layers still return float32."""
+    device = next(network.parameters()).device
+    network.forward = torch.autocast(device.type, torch.bfloat16)(network.forward)
+    for layer in float32_layers:
+        layer.register_forward_hook(lambda layer, inputs, output: output.float())
 
-    def seconds(x):
-        return min(timeit.repeat(lambda: (x @ x)[0, 0].item(), number=1, repeat=6))  # item() waits for the device
 
-    try:
-        pays = seconds(x.bfloat16()) < seconds(x)
-    except (RuntimeError, TypeError):  # a device without bfloat16
-        pays = False
-    if not pays:
-        print(f"--bf16 is no faster on this {device.type} device: training in float32")
-    return pays
+# --- Images ---
 
 
 class Dataset(NamedTuple):
@@ -89,9 +75,9 @@ class Dataset(NamedTuple):
 
 
 def load_dataset(name, root, size=None):
-    """Load the named data set from the folder root, or download it there. Without a name: MNIST, or else the digits.
+    """Load a data set from the folder root, or download it there. Without a name: MNIST, or else the digits.
 
-    Its images are resized to size x size if a size is given. Raises Error if it cannot be had.
+    Its images are resized to size x size if a size is given. Raises Error with the reason if it is not available.
     """
     from torchvision import datasets
     from torchvision.transforms.functional import resize
@@ -102,14 +88,10 @@ def load_dataset(name, root, size=None):
     try:
         splits = [getattr(datasets, kind)(root, train=train, download=True) for train in (True, False)]
     except Exception as error:  # a failed download and a damaged file raise errors of many kinds
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
-        if len(list(Path(root, kind, "raw").glob("*-ubyte"))) == 4:
-            raise Error(f"{root}/{kind} is damaged: delete it and run again ({reason})") from None
-        problem = f"{kind} is not in {root}/ and cannot be downloaded ({reason})"
-        if name is not None:
-            advice = "connect to a network, name another folder with --data, or use --dataset digits"
-            raise Error(f"{problem}; {advice}") from None
-        print(f"*** WARNING: {problem}.\n*** TRAINING ON THE DIGITS OF SCIKIT-LEARN INSTEAD.", file=sys.stderr)
+        problem = f"{kind} is not available in {root}/ ({one_line(error)})"
+        if name:
+            raise Error(problem) from None
+        print(f"*** WARNING: {problem}\n*** TRAINING ON THE DIGITS OF SCIKIT-LEARN INSTEAD", file=sys.stderr)
         return load_digits(size or 28)
 
     images = [torch.as_tensor(split.data) for split in splits]  # (N, H, W), or of CIFAR (N, H, W, 3)
@@ -131,116 +113,188 @@ def load_digits(size):
 
 
 def batches(images, batch_size, shuffle=False):
-    """One pass over uint8 images, on their device: floats in 0..1; the last batch may be smaller."""
+    """One pass over uint8 images, on their device, with a progress bar: floats in 0..1; the last may be smaller."""
     order = torch.randperm if shuffle else torch.arange
-    for indices in order(len(images), device=images.device).split(batch_size):
-        yield images[indices] / 255
+    indices = order(len(images), device=images.device).split(batch_size)
+    for batch in tqdm(indices, leave=False, disable=None):  # None: no bar in a file
+        yield images[batch] / 255
+
+
+# --- Pictures ---
 
 
 def save_grid(path, images, columns=10):
-    """Write images (N, C, H, W) in 0..1 as one PNG, `columns` to a row; returns the grid (C, H, W)."""
-    from torchvision.utils import make_grid, save_image
+    """Write images (N, C, H, W) in 0..1 as one PNG, `columns` to a row."""
+    from torchvision.utils import save_image
 
-    grid = make_grid(images.cpu(), nrow=columns)
-    with whole_file(path) as file:
-        save_image(grid, file, format="png")
-    return grid
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image(images, path, nrow=columns)
 
 
 def save_curves(path, rows, panels, steps=None):
-    """Plot columns of the rows, one per epoch, over the epochs; panels is {title: its columns}.
+    """Plot columns of the rows over the epochs; panels is {title: its columns}.
 
-    steps, {column: array of its values in every step}, is drawn faintly behind, evenly over the epochs.
+    The last 200 values of steps, {column: its value at every step}, get a panel of their own.
     """
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
+    number = len(panels) + bool(steps)
+    figure = Figure(figsize=(4.5 * number, 3.5), layout="constrained")
+    axes = figure.subplots(1, number)
     epochs = [row["epoch"] for row in rows]
-    for axes, (title, columns) in zip(figure.subplots(1, len(panels)), panels.items()):
+    for ax, (title, columns) in zip(axes, panels.items()):
         for column in columns:
-            style = "-" if len(rows) > 1 else "o"
-            (line,) = axes.plot(epochs, [row[column] for row in rows], style, label=column)
-            if steps and column in steps:
-                x = torch.linspace(0, epochs[-1], len(steps[column])).numpy()
-                axes.plot(x, steps[column], color=line.get_color(), linewidth=0.5, alpha=0.3, zorder=1)
-        axes.set(title=title, xlabel="epoch")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    with whole_file(path) as file, rc_context({"agg.path.chunksize": 1000}):  # long curves in pieces: much faster
-        figure.savefig(file, dpi=150)
+            ax.plot(epochs, [row[column] for row in rows], marker=".", label=column)
+        ax.set(title=title, xlabel="epoch")
+    for column, values in (steps or {}).items():
+        axes[-1].plot(range(len(values))[-200:], values[-200:], label=column)
+        axes[-1].set(title="the last 200 steps", xlabel="step")
+    for ax in axes:
+        ax.grid(alpha=0.3)
+        ax.legend()
+    with warn_if_unwritable(path):
+        figure.savefig(path, dpi=150)
 
 
-@contextlib.contextmanager
-def whole_file(path):
-    """A binary file to write to, moved to its place when complete: after a kill it is the old one or the new one."""
-    path, temporary, buffer = Path(path), Path(f"{path}.tmp"), io.BytesIO()
-    yield buffer
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(buffer.getbuffer())
-        temporary.replace(path)
-    except OSError as error:
-        raise Error(f"cannot write {path}: {error.strerror}; what was saved before is as it was") from None
-    finally:
-        with contextlib.suppress(OSError):  # after a success it is no longer there
-            temporary.unlink()
+# --- The files of a run ---
 
 
 def new_folder(out, name):
     """Make the folder of a new run: out, which must not exist, or the first free of runs/NAME, runs/NAME-2, ..."""
-    folder, n = Path(out or f"runs/{name}"), 1
-    while folder.exists() and not out:
-        n += 1
-        folder = Path(f"runs/{name}-{n}")
+    if out is not None:
+        try:
+            Path(out).mkdir(parents=True)
+        except FileExistsError:
+            raise Error(f"{out} exists, and no run is overwritten: name another folder") from None
+        return Path(out)
+    Path("runs").mkdir(exist_ok=True)
+    for n in itertools.count(1):
+        folder = Path("runs", name if n == 1 else f"{name}-{n}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+
+
+def run_folder(text):
+    """An argparse type: the folder of a run, given by its own name or by that of the checkpoint.pt in it."""
+    path = Path(text)
+    folder = path.parent if path.name == "checkpoint.pt" else path
+    if not text or not Path(folder, "checkpoint.pt").is_file():
+        raise Error(f"{text!r} is not a run: name its folder or the checkpoint.pt in it")
+    return str(folder)
+
+
+@contextlib.contextmanager
+def warn_if_unwritable(path):
+    """A file that cannot be written, such as one that is open in Excel on Windows, costs a warning and not the run."""
     try:
-        folder.mkdir(parents=True)
+        yield
     except OSError as error:
-        raise Error(f"cannot make a new folder {folder}: {error.strerror}; give another one with --out") from None
-    return folder
+        print(f"warning: {path} was not written ({one_line(error)})", file=sys.stderr)
 
 
-def save_metrics(path, rows):
-    """Write the rows, dicts with the same keys, as a CSV file."""
-    with whole_file(path) as file:
-        for line in [rows[0].keys(), *(row.values() for row in rows)]:
-            file.write((",".join(map(str, line)) + "\n").encode())
+def open_board(folder, rows):
+    """A TensorBoard writer that goes on after the rows that are done."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder, purge_step=len(rows) + 1)
+
+
+def save_epoch(folder, rows, pictures, board=None):
+    """Write metrics.csv with all rows, the last one's pictures {name: (N, C, H, W)}, and both to TensorBoard."""
+    from torchvision.utils import make_grid
+
+    epoch = rows[-1]["epoch"]
+    for name, images in pictures.items():
+        path = folder / f"images/epoch_{epoch:03d}_{name}.png"
+        with warn_if_unwritable(path):
+            save_grid(path, images)
+    path = folder / "metrics.csv"
+    with warn_if_unwritable(path), path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    if board:
+        for name, value in rows[-1].items():
+            board.add_scalar(name, value, epoch)
+        for name, images in pictures.items():
+            board.add_image(name, make_grid(images, nrow=10), epoch)
+        board.flush()
 
 
 def check_finite(values):
-    """Raise Error if a number or tensor in {name: value} is not finite; it names the first."""
+    """Raise Error if a number or a tensor of {name: value} is not finite; it names the first."""
     for name, value in values.items():
         if not torch.as_tensor(value).isfinite().all():
-            raise Error(f"{name} is not finite: the training diverged; use a smaller --lr, anew or with --resume")
+            raise Error(f"{name} is not finite: the training diverged; try a smaller --lr")
 
 
 def save_checkpoint(path, checkpoint):
-    """Write a dict of tensors and plain values, so that weights_only=True can load it."""
-    with whole_file(path) as file:
-        torch.save(checkpoint, file)
+    """Write a dict of tensors and plain values beside its place, then move it: a kill leaves the old or the new one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")  # two processes do not write to the same file
+    try:
+        torch.save(checkpoint, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(run, device="cpu"):
-    """The dict in a run's checkpoint, or {"state_dict": ...} of bare weights; no code in it is run. Raises Error."""
+    """The dict in a run's checkpoint.pt, or in another file of torch.save; no code in it runs. Raises Error."""
     path = Path(run, "checkpoint.pt") if Path(run).is_dir() else Path(run)
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():
-                raise ValueError("a checksum in it is wrong")  # torch.load does not look at them
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        return checkpoint if "state_dict" in checkpoint else {"state_dict": checkpoint}
+    except FileNotFoundError:
+        raise Error(f"there is no file {path}") from None
+    except pickle.UnpicklingError:
+        raise Error(f"{path} holds more than tensors and plain values: save model.state_dict() instead") from None
     except Exception as error:  # a damaged file raises errors of many kinds
-        reason = str(error).split("WeightsUnpickler error: ")[-1]  # what comes before it is general advice
-        raise Error(f"cannot open {path} as a checkpoint: {textwrap.shorten(reason, 300)}") from None
+        raise Error(f"{path} cannot be opened ({one_line(error)})") from None
+    if not isinstance(checkpoint, dict):
+        raise Error(f"{path} holds no dict but a {type(checkpoint).__name__}: save model.state_dict() instead")
+    return checkpoint
 
 
-def restore(run, checkpoint, model, optimizers=()):
-    """Load the weights and Adam's moments, but not its learning rate. Raises Error with torch's own reason."""
+def tensors(tree, prefix=""):
+    """The names and values in nested dicts: of {"state_dict": {"mean": x}} it is "state_dict.mean", x.
+
+    What DistributedDataParallel and torch.compile put into names, "module." and "_orig_mod.", is left out.
+    """
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from tensors(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}".replace("module.", "").replace("_orig_mod.", ""), value
+
+
+def find_weights(checkpoint, name):
+    """The state_dict of the network that has a weight called `name`, wherever in a checkpoint it lies, or {}."""
+    found = dict(tensors(checkpoint))
+    for key in found:
+        if key.endswith(name):
+            prefix = key.removesuffix(name)  # "", "state_dict.", "model_state_dict.", "generator.", ...
+            return {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
+    return {}
+
+
+def unknown_weights(path, checkpoint):
+    """The Error for a checkpoint whose weights are not recognised; it tells the names that they have."""
+    names = ", ".join(name for name, _ in tensors(checkpoint))
+    return Error(f"{path} has no weights that are known here, but {textwrap.shorten(names, 300)}")
+
+
+def load_weights(network, weights, path):
+    """network.load_state_dict(weights); raises Error with torch's own reason if those of path do not fit."""
     try:
-        model.load_state_dict(checkpoint["state_dict"])
+        network.load_state_dict(weights)
     except RuntimeError as error:
-        raise Error(f"{run} does not fit the network: {textwrap.shorten(str(error), 300)}") from None
-    for optimizer, saved in zip(optimizers, checkpoint.get("optimizers", ())):
-        optimizer.load_state_dict({**saved, "param_groups": optimizer.state_dict()["param_groups"]})
-        for parameter, moments in optimizer.state.items():  # fused Adam needs both laid out alike in memory
-            moments |= {name: torch.empty_like(parameter).copy_(moments[name]) for name in ("exp_avg", "exp_avg_sq")}
+        raise Error(f"the weights in {path} do not fit ({textwrap.shorten(one_line(error), 400)})") from None
+
+
+def load_adam(optimizer, saved):
+    """Load Adam's moments, and leave its options (lr, betas) as they are."""
+    optimizer.load_state_dict({**saved, "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter, state in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            moment = torch.empty_like(parameter)  # in memory as the parameter, on which fused Adam relies
+            state[name] = moment.copy_(state[name])

@@ -118,24 +118,22 @@ def gan_step(generator, discriminator, optimizer_g, optimizer_d, images, z):
 
 
 # === Script ===
-# Speed, options, data and files. None of it is needed in a notebook.
+# Options, images, speed and files. None of it is needed in a notebook.
 
-import importlib.util
-import json
 import math
 import shlex
+import shutil
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from datetime import timedelta
 from pathlib import Path
 
-from tqdm import tqdm
-
 import common
-from common import between
 
-COLUMNS = ["generator/loss", *(f"discriminator/{name}" for name in ("loss", "real_acc", "fake_acc", "overall_acc"))]
-CURVES = {"binary cross-entropy, nats": COLUMNS[:2], "accuracy of the discriminator": COLUMNS[2:]}
+CURVES = {
+    "binary cross-entropy, nats": ["generator/loss", "discriminator/loss"],
+    "accuracy of the discriminator": [f"discriminator/{name}_acc" for name in ("real", "fake", "overall")],
+}
 
 
 class UpsampleConv2d(nn.Conv2d):
@@ -173,168 +171,182 @@ def fuse_upsampling(generator):
 def parse_options(argv):
     """The options and, with --resume, the checkpoint of that run, whose options are then the defaults."""
     parser = ArgumentParser("dcgan.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    folder = parser.add_mutually_exclusive_group()
-    parser.add_argument("--latent-dim", type=between(int, 1), default=100, help="dimensions of z (default: 100)")
-    parser.add_argument("--b1", type=between(float, 0, 1), default=0.5, help="Adam's first beta (default: 0.5)")
-    parser.add_argument("--b2", type=between(float, 0, 1), default=0.999, help="Adam's second beta (default: 0.999)")
-    parser.add_argument("--epochs", type=between(int, 1), default=150, help="passes over the images (default: 150)")
-    parser.add_argument("--batch-size", type=between(int, 1), default=64, help="images per step (default: 64)")
-    parser.add_argument("--lr", type=between(float, 1e-12), default=2e-4, help="Adam's learning rate (default: 0.0002)")
-    parser.add_argument("--seed", type=between(int, 0, 2**63), default=0, help="of all random numbers (default: 0)")
-    parser.add_argument("--device", choices=common.DEVICES, default="auto", help="auto: a GPU if any (default: auto)")
+    # training
+    parser.add_argument("--epochs", type=common.count, default=150, help="passes over the images (default: 150)")
+    parser.add_argument("--batch-size", type=common.count, default=64, help="images per step (default: 64)")
+    parser.add_argument("--latent-dim", type=common.count, default=100, help="dimensions of z (default: 100)")
+    parser.add_argument("--lr", type=float, default=2e-4, help="Adam's learning rate (default: 0.0002)")
+    parser.add_argument("--b1", type=float, default=0.5, help="Adam's first beta (default: 0.5)")
+    parser.add_argument("--b2", type=float, default=0.999, help="Adam's second beta (default: 0.999)")
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers (default: 0)")
+    # images
     parser.add_argument("--dataset", choices=[*common.SETS, "digits"], help="images (default: mnist, or else digits)")
     parser.add_argument("--data", default="data", help="folder of the data sets (default: data)")
-    parser.add_argument("--subset", type=between(int, 1), help="train on the first SUBSET images (default: all)")
+    parser.add_argument("--subset", type=common.count, help="train on the first SUBSET images (default: all)")
+    # device
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: auto, a GPU if any)")
+    parser.add_argument(
+        "--bf16",
+        action="store_true",
+        help="matrix products in bfloat16; a CPU without instructions for it emulates it and is many times slower"
+        " (default: float32, with TF32 products on CUDA)",
+    )
+    # files
+    folder = parser.add_mutually_exclusive_group()
     folder.add_argument("--out", help="a new folder for the run (default: one under runs/)")
-    folder.add_argument("--resume", metavar="RUN", help="the folder of a run to go on with (default: none)")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16, if faster (default: float32, TF32 on CUDA)")
+    folder.add_argument("--resume", metavar="RUN", type=common.run_folder, help="go on with a run (default: a new one)")
     parser.add_argument("--tensorboard", action="store_true", help="log for TensorBoard too (default: no)")
-    options, checkpoint = parser.parse_args(argv), None
-    if options.resume:
-        checkpoint = common.load_checkpoint(Path(options.resume, "checkpoint.pt"))
-        if checkpoint.get("model") != "dcgan" or not checkpoint.keys() >= {"config", "metrics", "steps"}:
-            raise common.Error(f"{options.resume} is not a run of dcgan.py that could be resumed")
-        parser.set_defaults(**checkpoint["config"])
-        options = parser.parse_args(argv)
-    if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        parser.error("--tensorboard needs a package that is not installed: pip install tensorboard")
-    return options, checkpoint
+
+    options = parser.parse_args(argv)
+    if options.resume is None:
+        return options, None
+    checkpoint = common.load_checkpoint(options.resume)
+    if checkpoint.get("model") != "dcgan" or "optimizer_g" not in checkpoint:
+        raise common.Error(f"{options.resume} is not a run of dcgan.py that can be resumed")
+    parser.set_defaults(**checkpoint["config"])
+    return parser.parse_args(argv), checkpoint
+
+
+def run_name(options):
+    """dcgan, with what is not the default: dcgan-cifar100, dcgan-z2, ..."""
+    name = "dcgan"
+    if options.dataset != "mnist":
+        name += f"-{options.dataset}"
+    if options.latent_dim != 100:
+        name += f"-z{options.latent_dim}"
+    return name
 
 
 def build(image_shape, latent_dim):
     """Both networks, under the lab's names; the generator's upsampling is fused."""
-    model = nn.ModuleDict(
-        {"generator": Generator(latent_dim, image_shape), "discriminator": Discriminator(image_shape)}
-    )
-    fuse_upsampling(model["generator"])
-    return model
+    generator = Generator(latent_dim, image_shape)
+    fuse_upsampling(generator)
+    return nn.ModuleDict({"generator": generator, "discriminator": Discriminator(image_shape)})
 
 
 def load(path, device="cpu"):
     """The networks of a run or a checkpoint, in eval mode, and its config, with "image_shape" in it.
 
-    They are the "generator" and the "discriminator" of one nn.ModuleDict. The sizes of weights without a config,
-    such as the lab's, are read off the tensors. Raises common.Error.
+    They are the "generator" and the "discriminator" of one nn.ModuleDict; the latter is missing where only a
+    generator's weights were saved. Raises common.Error.
     """
     checkpoint = common.load_checkpoint(path, device)
-    weights = checkpoint["state_dict"]
-    if checkpoint.get("model") == "dcgan" and "config" in checkpoint:
-        config = {**checkpoint["config"], "image_shape": tuple(checkpoint["image_shape"])}
-    elif "generator.l1.0.weight" in weights and "discriminator.model.0.weight" in weights:
-        features, latent_dim = weights["generator.l1.0.weight"].shape
-        side, channels = 4 * math.isqrt(features // 128), weights["discriminator.model.0.weight"].shape[1]
-        config = {"latent_dim": latent_dim, "image_shape": (channels, side, side)}
-    else:
-        raise common.Error(f"{path} is neither a run of dcgan.py nor weights of the lab's DCGAN")
-    model = build(config["image_shape"], config["latent_dim"]).to(device)
-    common.restore(path, checkpoint, model)
+    weights = {
+        "generator": common.find_weights(checkpoint, "l1.0.weight"),
+        "discriminator": common.find_weights(checkpoint, "adv_layer.0.weight"),
+    }
+    if "conv_blocks.9.bias" not in weights["generator"]:
+        raise common.unknown_weights(path, checkpoint)
+    features, latent_dim = weights["generator"]["l1.0.weight"].shape
+    channels = len(weights["generator"]["conv_blocks.9.bias"])
+    side = 4 * math.isqrt(features // 128)
+    config = checkpoint["config"] if checkpoint.get("model") == "dcgan" else {}
+    config = {**config, "latent_dim": latent_dim, "image_shape": (channels, side, side)}
+
+    model = build(config["image_shape"], latent_dim).to(device)
+    if not weights["discriminator"]:
+        del model["discriminator"]
+    for name, network in model.items():
+        common.load_weights(network, weights[name], path)
     return model.eval(), config
 
 
 def main(argv=None):
     options, checkpoint = parse_options(argv)
     device = common.pick_device(options.device)
-    options.bf16 = options.bf16 and common.bf16_pays(device)
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     torch.manual_seed(options.seed)
 
+    # the images, on the device once: uint8 (N, C, 32, 32)
     data = common.load_dataset(options.dataset, options.data, size=32)
     images = data.train[: options.subset].to(device)
-    n, image_shape = len(images), tuple(images.shape[1:])
     options.dataset = data.name
 
+    # both networks, their optimizers, and the codes that are drawn after every epoch
+    image_shape = tuple(images.shape[1:])
     model = build(image_shape, options.latent_dim).to(device)
     generator, discriminator = model["generator"], model["discriminator"]
     adam = {"lr": options.lr, "betas": (options.b1, options.b2), "fused": True}
     optimizer_g = torch.optim.Adam(generator.parameters(), **adam)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
+    validation_z = torch.randn(50, options.latent_dim).to(device)
     if options.bf16:
-        for network, logits in ((generator, generator.conv_blocks[-2]), (discriminator, discriminator.adv_layer[0])):
-            network.forward = torch.autocast(device.type, torch.bfloat16)(network.forward)
-            logits.register_forward_hook(lambda layer, inputs, output: output.float())  # the sigmoid needs float32
-    # Binary cross-entropy aborts on nan, on CUDA with the whole process. check_finite names the cause instead.
-    discriminator.register_forward_hook(lambda network, inputs, score: score.nan_to_num(0.5))
+        common.use_bf16(generator, [generator.conv_blocks[-2]])
+        common.use_bf16(discriminator, [discriminator.adv_layer[0]])
 
-    rng = torch if device.type == "cpu" else torch.get_device_module(device)  # holds the state of randn and the like
+    # a new run, or one to go on with
     if checkpoint:
-        folder, rows, steps = Path(options.resume), checkpoint["metrics"], checkpoint["steps"]
-        common.restore(folder, checkpoint, model, [optimizer_g, optimizer_d])
-        if options.seed == checkpoint["config"]["seed"] and device.type in checkpoint["random_states"]:
-            rng.set_rng_state(checkpoint["random_states"][device.type])
+        folder = Path(options.resume)
+        rows, steps = checkpoint["metrics"], checkpoint["steps"]
+        common.load_weights(model, checkpoint["state_dict"], folder)
+        common.load_adam(optimizer_g, checkpoint["optimizer_g"])
+        common.load_adam(optimizer_d, checkpoint["optimizer_d"])
+        way_back = "this command again"
     else:
-        folder = common.new_folder(options.out, "dcgan" if data.name == "mnist" else f"dcgan-{data.name}")
-        rows, steps = [], torch.empty(0, 4)  # the numbers of every epoch and of every step
-    with common.whole_file(folder / "config.json") as file:
-        file.write(json.dumps({"model": "dcgan", **vars(options)}, indent=2).encode())
-    if options.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
+        folder = common.new_folder(options.out, run_name(options))
+        rows, steps = [], torch.empty(0, 4)
+        way_back = f"python dcgan.py --resume {shlex.quote(folder.as_posix())}"
 
-        board = SummaryWriter(folder, purge_step=len(steps) + 1)
-
-    # Fixed codes for the pictures, from a generator of their own: drawing them does not change the training.
-    validation_z = torch.randn(50, options.latent_dim, generator=torch.Generator().manual_seed(options.seed)).to(device)
-
-    print(f"{folder}: {n:,} images of {data.name} on {device}, {len(rows)} of {options.epochs} epochs done")
-    print("    epoch  images/s  time left    G loss    D loss  real acc  fake acc")
-    saved_at = -math.inf
     try:
+        board = common.open_board(folder, rows) if options.tensorboard else None
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        precision = "bfloat16" if options.bf16 else "float32"
+        print(f"{folder}: {len(rows)} of {options.epochs} epochs are done")
+        print(f"{len(images):,} images of {data.name}; {parameters:,} parameters on {device}, in {precision}")
+        print(f"if interrupted: {way_back}")
+        print("    epoch   seconds  time left    G loss    D loss  real acc  fake acc", flush=True)
+
         for epoch in range(len(rows) + 1, options.epochs + 1):
             start = time.perf_counter()
-            model.train()
-            sums, numbers = torch.zeros(4, device=device), []
-            batches = common.batches(images, options.batch_size, shuffle=True)
-            count = math.ceil(n / options.batch_size)
-            for x in tqdm(batches, f"epoch {epoch}", count, leave=False, delay=2, disable=common.NO_BAR):
-                z = torch.randn(len(x), options.latent_dim, device=device)
-                numbers.append(torch.stack(gan_step(generator, discriminator, optimizer_g, optimizer_d, x, z)))
-                sums += len(x) * numbers[-1]
-            g_loss, d_loss, real_acc, fake_acc = (sums / n).tolist()  # the training pass's only wait
-            speed = n / (time.perf_counter() - start)
-            numbers = torch.stack(numbers).cpu()
+            torch.manual_seed(10_000 * options.seed + epoch)  # a resumed run draws the same numbers
 
+            # one pass over the images
+            model.train()
+            numbers = []
+            for x in common.batches(images, options.batch_size, shuffle=True):
+                z = torch.randn(len(x), options.latent_dim, device=device)
+                step = gan_step(generator, discriminator, optimizer_g, optimizer_d, x, z)
+                numbers.append(torch.stack(step))  # g_loss, d_loss, real_acc, fake_acc
+            epoch_steps = torch.stack(numbers).cpu()  # (steps, 4); nothing waits for the device before
+            g_loss, d_loss, real_acc, fake_acc = epoch_steps.mean(0).tolist()
+            images_per_second = len(images) / (time.perf_counter() - start)
+
+            # a picture of the same codes after every epoch
             generator.eval()
             with torch.no_grad():
                 samples = generator(validation_z)
-            grid = common.save_grid(folder / f"images/epoch_{epoch:03d}_samples.png", samples)
 
+            # the row of metrics
             seconds = time.perf_counter() - start
-            row = {"epoch": epoch, "seconds": round(seconds, 3), "images_per_second": round(speed)}
-            row.update(zip(COLUMNS, [g_loss, d_loss, real_acc, fake_acc, (real_acc + fake_acc) / 2]))
-            common.check_finite(model.state_dict() | row)
+            row = {
+                "epoch": epoch, "seconds": round(seconds, 3), "images_per_second": round(images_per_second),
+                "generator/loss": g_loss, "discriminator/loss": d_loss,
+                "discriminator/real_acc": real_acc, "discriminator/fake_acc": fake_acc,
+                "discriminator/overall_acc": (real_acc + fake_acc) / 2,
+            }
+            common.check_finite({**row, "samples": samples})
             rows.append(row)
-            steps = torch.cat([steps, numbers])
-            common.save_metrics(folder / "metrics.csv", rows)
-            if options.tensorboard:
-                for step, values in enumerate(numbers.tolist(), start=len(steps) - len(numbers) + 1):
-                    for name, value in zip(COLUMNS, [*values, (values[2] + values[3]) / 2]):
-                        board.add_scalar(name, value, step)
-                board.add_image("samples", grid, len(steps))
-                board.flush()
-            if epoch == options.epochs or time.perf_counter() - saved_at > common.SAVE_EVERY:
-                checkpoint = {
-                    "model": "dcgan",
-                    "config": vars(options),
-                    "image_shape": image_shape,
-                    "state_dict": model.state_dict(),
-                    "optimizers": [optimizer_g.state_dict(), optimizer_d.state_dict()],
-                    "epoch": epoch,
-                    "metrics": rows,
-                    "steps": steps,
-                    "random_states": {device.type: rng.get_rng_state()},
-                }
-                common.save_checkpoint(folder / "checkpoint.pt", checkpoint)
-                saved_at = time.perf_counter()
+            steps = torch.cat([steps, epoch_steps])
 
+            # the files of this epoch, and then the checkpoint
+            common.save_epoch(folder, rows, {"samples": samples}, board)
+            common.save_checkpoint(folder / "checkpoint.pt", {
+                "model": "dcgan", "config": vars(options), "image_shape": image_shape,
+                "state_dict": model.state_dict(),
+                "optimizer_g": optimizer_g.state_dict(), "optimizer_d": optimizer_d.state_dict(),
+                "epoch": epoch, "metrics": rows, "steps": steps,
+            })
+
+            # the line that stays
             left = timedelta(seconds=round(seconds * (options.epochs - epoch)))
-            line = f"{epoch:>5}/{options.epochs:<3} {speed:9,.0f} {left!s:>10} {g_loss:9.3f} {d_loss:9.3f}"
+            line = f"{epoch:>5}/{options.epochs:<3} {seconds:9.1f} {left!s:>10} {g_loss:9.3f} {d_loss:9.3f}"
             print(f"{line} {real_acc:9.1%} {fake_acc:9.1%}", flush=True)
-    except KeyboardInterrupt:
-        saved = (folder / "checkpoint.pt").exists()
-        way_back = f"go on with: python dcgan.py --resume {shlex.quote(folder.as_posix())}"
-        raise KeyboardInterrupt(f"interrupted; {way_back if saved else 'nothing was saved yet'}") from None
     finally:
         if rows:
-            common.save_curves(folder / "losses.png", rows, CURVES, dict(zip(COLUMNS, steps.T.numpy())))
-    print(f"{folder}/: checkpoint.pt, metrics.csv, losses.png, images/")
+            last_steps = {"generator/loss": steps[:, 0], "discriminator/loss": steps[:, 1]}
+            common.save_curves(folder / "losses.png", rows, CURVES, last_steps)
+        elif not options.resume:
+            shutil.rmtree(folder, ignore_errors=True)  # the next run gets its name
     print(f"next: python sample.py {shlex.quote(folder.as_posix())}")
 
 

@@ -181,34 +181,29 @@ class ConvDecoder(nn.Module):
 
 
 class Autoencoder(VAE):
-    """A plain autoencoder: z is the mean, and nothing is sampled.
+    """A plain autoencoder: nothing is sampled, and the code of x is model.encoder(x)[0].
 
-    The encoder's log_var layer is not used. In its place forward returns zeros, for which the KL divergence
-    means nothing: train it with beta = 0.
+    In place of mean and log_var forward returns zeros, whose KL divergence is 0: the loss is the reconstruction's.
     """
 
     def forward(self, x):
-        mean, _ = self.encoder(x)
-        x_pred = self.decoder(mean)
-        return x_pred, mean, torch.zeros_like(mean)
+        z, _ = self.encoder(x)
+        x_pred = self.decoder(z)
+        return x_pred, torch.zeros_like(z), torch.zeros_like(z)
 
 
 # === Script ===
-# Options, data, speed and files. None of it is needed in a notebook.
+# Options, images, speed and files. None of it is needed in a notebook.
 
-import importlib.util
-import json
 import math
 import shlex
+import shutil
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from datetime import timedelta
 from pathlib import Path
 
-from tqdm import tqdm
-
 import common
-from common import between
 
 CURVES = {
     "reconstruction, nats per image": ["train/reconstruction_loss", "val/reconstruction_loss"],
@@ -220,36 +215,55 @@ CURVES = {
 def parse_options(argv):
     """The options and, with --resume, the checkpoint of that run, whose options are then the defaults."""
     parser = ArgumentParser("vae.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    loss, folder = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
-    loss.add_argument("--beta", type=between(float, 0), default=10.0, help="weight of the KL divergence (default: 10)")
-    loss.add_argument("--autoencoder", action="store_true", help="no sampling, no KL divergence (default: a VAE)")
+    # the network and its training
+    parser.add_argument("--beta", type=float, default=10.0, help="weight of the KL divergence (default: 10)")
     parser.add_argument("--arch", choices=["fc", "conv"], default="fc", help="linear or convolutional (default: fc)")
-    parser.add_argument("--hidden-dim", type=between(int, 1), default=512, help="units per layer (default: 512)")
-    parser.add_argument("--latent-dim", type=between(int, 1), default=128, help="dimensions of z (default: 128)")
-    parser.add_argument("--epochs", type=between(int, 1), default=150, help="passes over the images (default: 150)")
-    parser.add_argument("--batch-size", type=between(int, 1), help="images per step (default: 1024; 64 on digits)")
-    parser.add_argument("--lr", type=between(float, 1e-12), default=1e-3, help="Adam's learning rate (default: 0.001)")
-    parser.add_argument("--seed", type=between(int, 0, 2**63), default=0, help="of all random numbers (default: 0)")
-    parser.add_argument("--device", choices=common.DEVICES, default="auto", help="auto: a GPU if any (default: auto)")
+    parser.add_argument("--autoencoder", action="store_true", help="no sampling, and a KL of 0 (default: a VAE)")
+    parser.add_argument("--hidden-dim", type=common.count, default=512, help="units per layer (default: 512)")
+    parser.add_argument("--latent-dim", type=common.count, default=128, help="dimensions of z (default: 128)")
+    parser.add_argument("--epochs", type=common.count, default=150, help="passes over the images (default: 150)")
+    parser.add_argument("--batch-size", type=common.count, help="images per step (default: 1024; 64 on digits)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate (default: 0.001)")
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers (default: 0)")
+    # the images
     parser.add_argument("--dataset", choices=[*common.SETS, "digits"], help="images (default: mnist, or else digits)")
     parser.add_argument("--data", default="data", help="folder of the data sets (default: data)")
-    parser.add_argument("--subset", type=between(int, 1), help="train on the first SUBSET images (default: all)")
+    parser.add_argument("--subset", type=common.count, help="train on the first SUBSET images (default: all)")
+    # the device
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: auto, a GPU if any)")
+    parser.add_argument(
+        "--bf16",
+        action="store_true",
+        help="matrix products in bfloat16; a CPU without instructions for it emulates it and is many times slower"
+        " (default: float32, with TF32 products on CUDA)",
+    )
+    # the files
+    folder = parser.add_mutually_exclusive_group()
     folder.add_argument("--out", help="a new folder for the run (default: one under runs/)")
-    folder.add_argument("--resume", metavar="RUN", help="the folder of a run to go on with (default: none)")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16, if faster (default: float32, TF32 on CUDA)")
+    folder.add_argument("--resume", metavar="RUN", type=common.run_folder, help="go on with a run (default: a new one)")
     parser.add_argument("--tensorboard", action="store_true", help="log for TensorBoard too (default: no)")
+
     options, checkpoint = parser.parse_args(argv), None
     if options.resume:
-        checkpoint = common.load_checkpoint(Path(options.resume, "checkpoint.pt"))
-        if checkpoint.get("model") != "vae" or not checkpoint.keys() >= {"config", "metrics"}:
-            raise common.Error(f"{options.resume} is not a run of vae.py that could be resumed")
+        checkpoint = common.load_checkpoint(options.resume)
+        if checkpoint.get("model") != "vae" or "optimizer" not in checkpoint:
+            raise common.Error(f"{options.resume} is not a run of vae.py that can be resumed")
         parser.set_defaults(**checkpoint["config"])
         options = parser.parse_args(argv)
-        if options.autoencoder and (options.beta or not checkpoint["config"]["autoencoder"]):
-            parser.error("a VAE cannot go on as an autoencoder, and an autoencoder has no --beta")
-    if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        parser.error("--tensorboard needs a package that is not installed: pip install tensorboard")
+    if not options.beta >= 0:
+        parser.error("--beta is below 0")
     return options, checkpoint
+
+
+def run_name(options):
+    """vae-beta10, vae-conv-beta1, vae-autoencoder, ..., then what is not the default: -digits, -z2."""
+    name = "vae-conv" if options.arch == "conv" else "vae"
+    name += "-autoencoder" if options.autoencoder else f"-beta{options.beta:g}"
+    if options.dataset != "mnist":
+        name += f"-{options.dataset}"
+    if options.latent_dim != 128:
+        name += f"-z{options.latent_dim}"
+    return name
 
 
 def build(image_shape, config):
@@ -267,155 +281,128 @@ def build(image_shape, config):
 def load(path, device="cpu"):
     """The model of a run or a checkpoint, in eval mode, and its config, with "image_shape" in it.
 
-    Weights without a config, such as the lab's, must be of the fully connected VAE. Raises common.Error.
+    Weights without a config must be of the fully connected VAE, whose sizes are read off them. Raises common.Error.
     """
     checkpoint = common.load_checkpoint(path, device)
-    weights = checkpoint["state_dict"]
-    if checkpoint.get("model") == "vae" and "config" in checkpoint:
+    weights = common.find_weights(checkpoint, "encoder.mean.weight")
+    if checkpoint.get("model") == "vae":
         config = {**checkpoint["config"], "image_shape": tuple(checkpoint["image_shape"])}
-    elif "encoder.mean.weight" in weights and "encoder.backbone.0.weight" in weights:
-        latent_dim, hidden_dim = weights["encoder.mean.weight"].shape
-        input_dim = weights["encoder.backbone.0.weight"].shape[1]
+    elif "encoder.backbone.0.weight" in weights:
+        hidden_dim, input_dim = weights["encoder.backbone.0.weight"].shape
+        latent_dim = len(weights["encoder.mean.weight"])
         channels = 1 if math.isqrt(input_dim) ** 2 == input_dim else 3
         side = math.isqrt(input_dim // channels)
         config = {"arch": "fc", "autoencoder": False, "hidden_dim": hidden_dim, "latent_dim": latent_dim}
         config |= {"image_shape": (channels, side, side), "dataset": "mnist", "data": "data"}
     else:
-        raise common.Error(f"{path} is neither a run of vae.py nor weights of the lab's VAE")
+        raise common.unknown_weights(path, checkpoint)
     model = build(config["image_shape"], config).to(device)
-    common.restore(path, checkpoint, model)
+    common.load_weights(model, weights, path)
     return model.eval(), config
 
 
-def speed_up(model, device, bf16):
-    """Store convolution weights channels last, which is faster on a CPU; if bf16, multiply matrices in bfloat16."""
-    if device.type == "cpu":
-        model.to(memory_format=torch.channels_last)
-    if bf16:
-        for network in (model.encoder, model.decoder):
-            network.forward = torch.autocast(device.type, torch.bfloat16)(network.forward)
-        for layer in (model.encoder.mean, model.encoder.log_var, model.decoder.backbone):
-            layer.register_forward_hook(lambda layer, inputs, output: output.float())  # the losses need float32
-
-
-def reconstruct(model, x, epsilon):
-    """Rows of ten images x (N, C, H, W), each row above its reconstructions from z = mean + std * epsilon."""
-    mean, log_var = model.encoder(x.flatten(1))
-    z = mean if isinstance(model, Autoencoder) else mean + torch.exp(0.5 * log_var) * epsilon
-    x_pred = model.decoder(z).view_as(x)
-    return torch.cat([row for pair in zip(x.split(10), x_pred.split(10)) for row in pair])
+@torch.no_grad()
+def reconstruct(model, x):
+    """Images x (N, C, H, W) in rows of ten, each row above that of their reconstructions; N is a multiple of ten."""
+    x_pred, _, _ = model(x.flatten(1))
+    x_pred = x_pred.view_as(x)
+    rows = torch.stack([x.unflatten(0, (-1, 10)), x_pred.unflatten(0, (-1, 10))], dim=1)  # (N / 10, 2, 10, C, H, W)
+    return rows.flatten(0, 2)
 
 
 def main(argv=None):
     options, checkpoint = parse_options(argv)
     device = common.pick_device(options.device)
-    options.bf16 = options.bf16 and common.bf16_pays(device)
-    options.beta = 0.0 if options.autoencoder else options.beta
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     torch.manual_seed(options.seed)
 
+    # the images, on the device once: uint8 (N, C, H, W)
     data = common.load_dataset(options.dataset, options.data)
-    train_images, test_images = data.train[: options.subset].to(device), data.test.to(device)
-    n, image_shape = len(train_images), tuple(train_images.shape[1:])
+    train_images = data.train[: options.subset].to(device)
+    test_images = data.test.to(device)
+    image_shape = tuple(test_images.shape[1:])
     options.dataset = data.name
     options.batch_size = options.batch_size or (64 if data.name == "digits" else 1024)
 
-    model = build(image_shape, vars(options)).to(device)
-    speed_up(model, device, options.bf16)
+    # the network, its optimizer, and the codes and images that are drawn after every epoch
+    model = build(image_shape, vars(options))
+    fixed_z = torch.randn(50, options.latent_dim).to(device)
+    fixed_x = test_images[:50] / 255
+    # a convolution on a CPU is faster with all channels of a pixel together
+    model.to(device, memory_format=torch.channels_last if device.type == "cpu" else torch.contiguous_format)
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
-    # Binary cross-entropy aborts on nan, on CUDA with the whole process. check_finite names the cause instead.
-    model.decoder.register_forward_hook(lambda decoder, inputs, x_pred: x_pred.nan_to_num(0.5))
+    if options.bf16:
+        common.use_bf16(model, [model.encoder.mean, model.encoder.log_var, model.decoder.backbone])
 
-    rng = torch if device.type == "cpu" else torch.get_device_module(device)  # holds the state of randn and the like
+    # a new run, or one to go on with
     if checkpoint:
         folder, rows = Path(options.resume), checkpoint["metrics"]
-        common.restore(folder, checkpoint, model, [optimizer])
-        if options.seed == checkpoint["config"]["seed"] and device.type in checkpoint["random_states"]:
-            rng.set_rng_state(checkpoint["random_states"][device.type])
+        common.load_weights(model, checkpoint["state_dict"], folder)
+        common.load_adam(optimizer, checkpoint["optimizer"])
+        way_back = "this command again"
     else:
-        name = "vae-conv" if options.arch == "conv" else "vae"
-        name += "-autoencoder" if options.autoencoder else f"-beta{options.beta:g}"
-        name += f"-{data.name}" if data.name != "mnist" else ""
-        folder, rows = common.new_folder(options.out, name), []
-    with common.whole_file(folder / "config.json") as file:
-        file.write(json.dumps({"model": "vae", **vars(options)}, indent=2).encode())
-    if options.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
+        folder, rows = common.new_folder(options.out, run_name(options)), []
+        way_back = f"python vae.py --resume {shlex.quote(folder.as_posix())}"
 
-        board = SummaryWriter(folder, purge_step=len(rows) + 1)
-
-    # Fixed noise for the pictures, from a generator of its own: drawing them does not change the training.
-    fixed_x = test_images[:50] / 255
-    generator = torch.Generator().manual_seed(options.seed)
-    fixed_z, fixed_epsilon = torch.randn(2, len(fixed_x), options.latent_dim, generator=generator).to(device)
-
-    print(f"{folder}: {n:,} images of {data.name} on {device}, {len(rows)} of {options.epochs} epochs done")
-    equation = "" if options.autoencoder else " = BCE + beta * KL"
-    print(f"    epoch  images/s  time left     train      test{equation}")
-    saved_at = -math.inf
     try:
+        board = common.open_board(folder, rows) if options.tensorboard else None
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        precision = "bfloat16" if options.bf16 else "float32"
+        print(f"{folder}: {len(rows)} of {options.epochs} epochs are done")
+        print(f"{len(train_images):,} images of {data.name}; {parameters:,} parameters on {device}, in {precision}")
+        print(f"if interrupted: {way_back}")
+        print("    epoch   seconds  time left     train      test = BCE + beta * KL", flush=True)
+
         for epoch in range(len(rows) + 1, options.epochs + 1):
             start = time.perf_counter()
+            torch.manual_seed(10_000 * options.seed + epoch)  # a resumed run draws the same numbers
+
+            # one pass over the training images
             model.train()
             sums = torch.zeros(2, device=device)
-            batches = common.batches(train_images, options.batch_size, shuffle=True)
-            steps = math.ceil(n / options.batch_size)
-            for x in tqdm(batches, f"epoch {epoch}", steps, leave=False, delay=2, disable=common.NO_BAR):
-                sums += torch.stack(vae_step(model, optimizer, x.flatten(1), options.beta))
-            reconstruction, kl = (sums / n).tolist()  # the training pass's only wait
+            for x in common.batches(train_images, options.batch_size, shuffle=True):
+                losses = vae_step(model, optimizer, x.flatten(1), options.beta)
+                sums += torch.stack(losses)
+            reconstruction, kl = (sums / len(train_images)).tolist()  # nothing waits for the device before
             loss = reconstruction + options.beta * kl
-            speed = n / (time.perf_counter() - start)
+            images_per_second = len(train_images) / (time.perf_counter() - start)
 
+            # the same losses on the test images
             test_batches = common.batches(test_images, options.batch_size)
             val_reconstruction, val_kl, val_loss = evaluate(model, test_batches, options.beta)
 
+            # pictures from the same codes and images after every epoch
             with torch.no_grad():
                 samples = model.decoder(fixed_z).unflatten(1, image_shape)
-                pictures = {"reconstructions": reconstruct(model, fixed_x, fixed_epsilon), "samples": samples}
-            for name, images in pictures.items():
-                pictures[name] = common.save_grid(folder / f"images/epoch_{epoch:03d}_{name}.png", images)
+                pictures = {"samples": samples, "reconstructions": reconstruct(model, fixed_x)}
 
+            # the row of metrics
             seconds = time.perf_counter() - start
-            row = {"epoch": epoch, "seconds": round(seconds, 3), "images_per_second": round(speed)}
-            row |= {"train/reconstruction_loss": reconstruction, "train/kl_loss": kl, "train/loss": loss}
-            row |= {"val/reconstruction_loss": val_reconstruction, "val/kl_loss": val_kl, "val/loss": val_loss}
-            if options.autoencoder:
-                del row["train/kl_loss"], row["val/kl_loss"]
-            common.check_finite(model.state_dict() | row)
+            row = {
+                "epoch": epoch, "seconds": round(seconds, 3), "images_per_second": round(images_per_second),
+                "train/reconstruction_loss": reconstruction, "train/kl_loss": kl, "train/loss": loss,
+                "val/reconstruction_loss": val_reconstruction, "val/kl_loss": val_kl, "val/loss": val_loss,
+            }
+            common.check_finite({**row, **pictures})
             rows.append(row)
-            common.save_metrics(folder / "metrics.csv", rows)
-            if options.tensorboard:
-                for name, value in row.items():
-                    board.add_scalar(name, value, epoch)
-                for name, grid in pictures.items():
-                    board.add_image(name, grid, epoch)
-                board.flush()
-            if epoch == options.epochs or time.perf_counter() - saved_at > common.SAVE_EVERY:
-                checkpoint = {
-                    "model": "vae",
-                    "config": vars(options),
-                    "image_shape": image_shape,
-                    "state_dict": model.state_dict(),
-                    "optimizers": [optimizer.state_dict()],
-                    "epoch": epoch,
-                    "metrics": rows,
-                    "random_states": {device.type: rng.get_rng_state()},
-                }
-                common.save_checkpoint(folder / "checkpoint.pt", checkpoint)
-                saved_at = time.perf_counter()
 
+            # the files of this epoch, and then the checkpoint
+            common.save_epoch(folder, rows, pictures, board)
+            common.save_checkpoint(folder / "checkpoint.pt", {
+                "model": "vae", "config": vars(options), "image_shape": image_shape,
+                "state_dict": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "epoch": epoch, "metrics": rows,
+            })
+
+            # the line that stays
             left = timedelta(seconds=round(seconds * (options.epochs - epoch)))
-            equation = "" if options.autoencoder else f" = {val_reconstruction:.2f} + {options.beta:g} * {val_kl:.3f}"
-            line = f"{epoch:>5}/{options.epochs:<3} {speed:9,.0f} {left!s:>10} {loss:9.2f} {val_loss:9.2f}{equation}"
-            print(line, flush=True)
-    except KeyboardInterrupt:
-        saved = (folder / "checkpoint.pt").exists()
-        way_back = f"go on with: python vae.py --resume {shlex.quote(folder.as_posix())}"
-        raise KeyboardInterrupt(f"interrupted; {way_back if saved else 'nothing was saved yet'}") from None
+            equation = f"{val_loss:9.2f} = {val_reconstruction:.2f} + {options.beta:g} * {val_kl:.3f}"
+            print(f"{epoch:>5}/{options.epochs:<3} {seconds:9.1f} {left!s:>10} {loss:9.2f} {equation}", flush=True)
     finally:
         if rows:
-            curves = {title: columns for title, columns in CURVES.items() if columns[0] in rows[0]}
-            common.save_curves(folder / "losses.png", rows, curves)
-    print(f"{folder}/: checkpoint.pt, metrics.csv, losses.png, images/")
+            common.save_curves(folder / "losses.png", rows, CURVES)
+        elif not options.resume:
+            shutil.rmtree(folder, ignore_errors=True)  # the same command gets the same name again
     print(f"next: python sample.py {shlex.quote(folder.as_posix())}")
 
 
