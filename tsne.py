@@ -1,7 +1,7 @@
 """t-SNE (van der Maaten and Hinton, 2008) of a VAE's codes of the test images, coloured by class.
 
-Without a run it takes the newest runs/vae*. It also prints the accuracy of the nearest neighbour (how often the
-closest other code is of the same class) and how many dimensions of z the VAE uses.
+Codes of two dimensions are drawn as they are. Without a run it takes the newest runs/vae*. It also prints the accuracy
+of the nearest neighbour (how often the closest other code is of the same class) and how many dimensions the VAE uses.
 
     python tsne.py                                       # the means, as in the lab
     python tsne.py runs/vae-beta1 --codes std            # the standard deviations instead
@@ -16,7 +16,6 @@ import torch
 
 import common
 import vae
-from common import between
 
 
 def dimensions_in_use(mean, log_var, threshold=0.01):
@@ -43,7 +42,7 @@ def draw(points, labels, classes, title):
     colours = colormaps["tab10" if len(classes) <= 10 else "gist_rainbow"].resampled(len(classes))
     for label, name in enumerate(classes):
         axes.scatter(*points[labels == label].T, s=12, color=colours(label), label=name)
-    axes.set(title=title, xticks=[], yticks=[], aspect="equal")  # the axes mean nothing, only which points are close
+    axes.set(title=title, aspect="equal")
     columns = 1 + (len(classes) - 1) // 25
     figure.legend(loc="outside right upper", fontsize="small" if columns == 1 else 5, ncols=columns)
     return figure
@@ -51,58 +50,68 @@ def draw(points, labels, classes, title):
 
 def parse_options(argv):
     parser = ArgumentParser("tsne.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    newest = max(Path("runs").glob("vae*/checkpoint.pt"), key=os.path.getmtime, default=None)
     codes = ["mean", "sample", "std", "pixels"]
-    parser.add_argument("run", nargs="?", type=Path, default=newest, help="run or checkpoint (default: newest vae*)")
+    parser.add_argument("run", nargs="?", type=Path, help="run or file with weights (default: the newest runs/vae*)")
     parser.add_argument("--codes", choices=codes, default="mean", help="what to map of each image (default: mean)")
-    parser.add_argument("--n", type=between(int, 3), default=1000, help="test images on the map (default: 1000)")
-    parser.add_argument("--perplexity", type=between(float, 1), default=30.0, help="of t-SNE (default: 30)")
+    parser.add_argument("--n", type=common.count, default=1000, help="test images on the map (default: 1000)")
+    parser.add_argument("--perplexity", type=float, default=30.0, help="of t-SNE, below --n (default: 30)")
     parser.add_argument("--dataset", choices=[*common.SETS, "digits"], help="the images (default: the run's)")
     parser.add_argument("--data", help="folder of the data sets (default: the run's)")
     parser.add_argument("--out", type=Path, help="folder to write to (default: the run's)")
-    parser.add_argument("--seed", type=between(int, 0, 2**32), default=0, help="of all random numbers (default: 0)")
-    parser.add_argument("--device", choices=common.DEVICES, default="auto", help="auto: a GPU if any (default: auto)")
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers (default: 0)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: auto, a GPU if any)")
     options = parser.parse_args(argv)
     if options.run is None:
-        parser.error("there is no VAE in runs/: train one first, or name one")
+        newest = max(Path("runs").glob("vae*/checkpoint.pt"), key=os.path.getmtime, default=None)
+        if newest is None:
+            parser.error("there is no VAE in runs/: train one first, or name one")
+        options.run = newest.parent
     return options
 
 
 @torch.inference_mode()
 def main(argv=None):
+    from sklearn.manifold import TSNE
+
     options = parse_options(argv)
     device = common.pick_device(options.device)
-    folder = options.out or (options.run if options.run.is_dir() else options.run.parent)
     model, config = vae.load(options.run, device)
     if config["autoencoder"] and options.codes in ("sample", "std"):
         raise common.Error(f"--codes {options.codes}: an autoencoder has no variance; use mean or pixels")
-    image_shape = config["image_shape"]
     name, root = options.dataset or config["dataset"], options.data or config["data"]
-    data = common.load_dataset(name, root, size=image_shape[-1])
-    if data.test.shape[1:] != image_shape:
-        raise common.Error(f"the images of {name} are {tuple(data.test.shape[1:])}, the model's {image_shape}")
-    n = min(options.n, len(data.test))
-    if options.perplexity >= n:
-        raise common.Error(f"--perplexity must be below the number of images, {n}")
+    data = common.load_dataset(name, root, size=config["image_shape"][-1])
+    if data.test.shape[1:] != config["image_shape"]:
+        raise common.Error(f"{options.run} was not trained on images like those of {name}")
 
-    generator = torch.Generator().manual_seed(options.seed)  # on the CPU: the same numbers for every device
-    chosen = torch.randperm(len(data.test), generator=generator)[:n]
+    # codes of all test images, and which of them are drawn
+    torch.manual_seed(options.seed)
+    chosen = torch.randperm(len(data.test))[: options.n]  # without replacement
     x = data.test.to(device).flatten(1) / 255
     mean, log_var = model.encoder(x)
     std = torch.exp(0.5 * log_var)
-    z = mean + std * torch.randn(mean.shape, generator=generator).to(device)
-    codes = {"mean": mean, "sample": z, "std": std, "pixels": x}[options.codes][chosen.to(device)].cpu().numpy()
+    z = vae.reparameterize(mean, std)
+    codes = {"mean": mean, "sample": z, "std": std, "pixels": x}[options.codes].cpu()[chosen].numpy()
     labels = data.test_labels[chosen].numpy()
+    if codes.shape[1] == 1:
+        raise common.Error("codes of one dimension are not drawn: train with --latent-dim 2 or more")
+    if (codes == codes[0]).all():
+        raise common.Error(f"all codes are equal: the encoder of {options.run} has collapsed")
 
-    from sklearn.manifold import TSNE
+    # the map: two dimensions as they are, more of them through t-SNE
+    text = f"1-nearest-neighbour accuracy {nearest_neighbour_accuracy(codes, labels):.1%} of the codes"
+    if codes.shape[1] == 2:
+        figure = draw(codes, labels, data.classes, f"{options.codes} of {len(codes)} test images\n{text}")
+        figure.axes[0].set(xlabel="dimension 1", ylabel="dimension 2")
+    else:
+        points = TSNE(2, perplexity=options.perplexity, random_state=options.seed).fit_transform(codes)
+        text += f", {nearest_neighbour_accuracy(points, labels):.1%} on the map"
+        figure = draw(points, labels, data.classes, f"{options.codes} of {len(codes)} test images\n{text}")
+        figure.axes[0].set(xticks=[], yticks=[])  # they mean nothing, only which points are close
 
-    points = TSNE(2, perplexity=options.perplexity, random_state=options.seed).fit_transform(codes)
-    of_codes = nearest_neighbour_accuracy(codes, labels)
-    of_map = nearest_neighbour_accuracy(points, labels)
-    text = f"1-nearest-neighbour accuracy {of_codes:.1%} of the codes, {of_map:.1%} on the map"
+    folder = options.out or (options.run if options.run.is_dir() else options.run.parent)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"tsne_{options.codes}.png"
-    with common.whole_file(path) as file:
-        draw(points, labels, data.classes, f"{options.codes} of {n} test images\n{text}").savefig(file, dpi=150)
+    figure.savefig(path, dpi=150)
     print(f"{options.codes}: {text}")
     if not config["autoencoder"]:
         used = dimensions_in_use(mean, log_var)
