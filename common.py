@@ -7,7 +7,6 @@ import itertools
 import os
 import pickle
 import sys
-import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,11 +47,9 @@ def one_line(error):
 
 def pick_device(name):
     """The torch.device of that name; "auto" is the accelerator (CUDA, ROCm, MPS, XPU) if there is one, or the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    if torch.accelerator.is_available():
-        return torch.accelerator.current_accelerator()
-    return torch.device("cpu")
+    if name == "auto":
+        name = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return torch.device(name)
 
 
 def use_bf16(network, float32_layers):
@@ -277,18 +274,12 @@ def find_weights(checkpoint, name):
     return {}
 
 
-def unknown_weights(path, checkpoint):
-    """The Error for a checkpoint whose weights are not recognised; it tells the names that they have."""
-    names = ", ".join(name for name, _ in tensors(checkpoint))
-    return Error(f"{path} has no weights that are known here, but {textwrap.shorten(names, 300)}")
-
-
 def load_weights(network, weights, path):
     """network.load_state_dict(weights); raises Error with torch's own reason if those of path do not fit."""
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
-        raise Error(f"the weights in {path} do not fit ({textwrap.shorten(one_line(error), 400)})") from None
+        raise Error(f"the weights in {path} do not fit ({one_line(error)})") from None
 
 
 def load_adam(optimizer, saved):

@@ -236,7 +236,8 @@ def load(path, device="cpu"):
         "discriminator": common.find_weights(checkpoint, "adv_layer.0.weight"),
     }
     if "conv_blocks.9.bias" not in weights["generator"]:
-        raise common.unknown_weights(path, checkpoint)
+        names = ", ".join(dict(common.tensors(checkpoint)))
+        raise common.Error(f"{path} has no weights of a DCGAN that is known here, but {names}")
     features, latent_dim = weights["generator"]["l1.0.weight"].shape
     channels = len(weights["generator"]["conv_blocks.9.bias"])
     side = 4 * math.isqrt(features // 128)

@@ -7,7 +7,7 @@ Gaussian into an image x_pred, and both are trained to minimise
 
     python vae.py --beta 10                    # the lab's run: 150 epochs, fully connected
     python vae.py --arch conv --beta 1         # convolutions, and the loss of the paper
-    python vae.py --autoencoder --epochs 20    # a plain autoencoder, to compare with
+    python vae.py --autoencoder --epochs 30    # a plain autoencoder, to compare with
 
 Everything above the line "=== Script" needs only torch and can be pasted into a notebook.
 """
@@ -295,7 +295,8 @@ def load(path, device="cpu"):
         config = {"arch": "fc", "autoencoder": False, "hidden_dim": hidden_dim, "latent_dim": latent_dim}
         config |= {"image_shape": (channels, side, side), "dataset": "mnist", "data": "data"}
     else:
-        raise common.unknown_weights(path, checkpoint)
+        names = ", ".join(dict(common.tensors(checkpoint)))
+        raise common.Error(f"{path} has no weights of a VAE that is known here, but {names}")
     model = build(config["image_shape"], config).to(device)
     common.load_weights(model, weights, path)
     return model.eval(), config

@@ -1,0 +1,47 @@
+"""The VAE on several GPUs, or in several processes on a CPU, each with its share of every batch.
+
+    torchrun --nproc_per_node 2 -m docs.parallel
+
+An Autoencoder needs DistributedDataParallel(model, find_unused_parameters=True), since its log_var layer has no
+gradient. A DCGAN needs both networks wrapped, with broadcast_buffers=False: D runs more than once before backward.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler
+from torchvision import datasets, transforms
+
+from vae import VAE, Decoder, Encoder, vae_step
+
+cuda = torch.cuda.is_available()
+device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+if cuda:
+    torch.cuda.set_device(device)  # before anything uses a GPU: each process has its own
+dist.init_process_group("nccl" if cuda else "gloo")
+rank = dist.get_rank()
+
+if rank == 0:
+    datasets.MNIST("data", download=True)
+dist.barrier()  # the others wait for the download
+train_set = datasets.MNIST("data", transform=transforms.ToTensor())
+sampler = DistributedSampler(train_set)  # each process gets its share of the images
+loader = DataLoader(train_set, batch_size=1024 // dist.get_world_size(), sampler=sampler)
+
+model = VAE(Encoder(784, 512, 128), Decoder(128, 512, 784)).to(device)
+parallel = DistributedDataParallel(model)  # every process starts with the weights of rank 0
+optimizer = torch.optim.Adam(parallel.parameters(), lr=1e-3)
+torch.manual_seed(rank)  # each process draws its own epsilon
+for epoch in range(10):
+    sampler.set_epoch(epoch)  # another shuffle every epoch
+    sums = torch.zeros(2, device=device)
+    for x, _ in loader:
+        sums += torch.stack(vae_step(parallel, optimizer, x.to(device).flatten(1), beta=1))
+    dist.all_reduce(sums)  # adds up those of all processes
+    reconstruction, kl = (sums / sampler.total_size).tolist()
+    if rank == 0:
+        print(f"epoch {epoch + 1}: {reconstruction:.1f} + {kl:.1f} nats per image")
+        torch.save(model.state_dict(), "vae-parallel.pt")
+dist.destroy_process_group()
