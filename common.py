@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import csv
-import itertools
 import os
 import pickle
 import sys
@@ -17,7 +16,7 @@ SETS = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST", "cifar1
 
 
 class Error(Exception):
-    """What the scripts foresee, such as a missing file; its text is one line for the user."""
+    """A problem that the scripts expect, such as a missing file; its text is one line for the user."""
 
 
 def run_script(main):
@@ -47,9 +46,11 @@ def one_line(error):
 
 def pick_device(name):
     """The torch.device of that name; "auto" is the accelerator (CUDA, ROCm, MPS, XPU) if there is one, or the CPU."""
-    if name == "auto":
-        name = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return torch.device(name)
+    if name != "auto":
+        return torch.device(name)
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator()
+    return torch.device("cpu")
 
 
 def use_bf16(network, float32_layers):
@@ -57,7 +58,7 @@ def use_bf16(network, float32_layers):
     device = next(network.parameters()).device
     network.forward = torch.autocast(device.type, torch.bfloat16)(network.forward)
     for layer in float32_layers:
-        layer.register_forward_hook(lambda layer, inputs, output: output.float())
+        layer.register_forward_hook(lambda module, inputs, output: output.float())
 
 
 # --- Images ---
@@ -91,10 +92,12 @@ def load_dataset(name, root, size=None):
         print(f"*** WARNING: {problem}\n*** TRAINING ON THE DIGITS OF SCIKIT-LEARN INSTEAD", file=sys.stderr)
         return load_digits(size or 28)
 
-    images = [torch.as_tensor(split.data) for split in splits]  # (N, H, W), or of CIFAR (N, H, W, 3)
-    images = [x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2) for x in images]
-    train, test = (resize(x, [size or x.shape[-1]] * 2).contiguous() for x in images)
-    return Dataset(name or "mnist", train, test, torch.as_tensor(splits[1].targets), splits[1].classes)
+    images = []
+    for split in splits:
+        x = torch.as_tensor(split.data)
+        x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)  # from (N, H, W), or of CIFAR (N, H, W, 3)
+        images.append(resize(x, [size or x.shape[-1]] * 2).contiguous())
+    return Dataset(name or "mnist", *images, torch.as_tensor(splits[1].targets), splits[1].classes)
 
 
 def load_digits(size):
@@ -135,16 +138,17 @@ def save_curves(path, rows, panels, steps=None):
     """
     from matplotlib.figure import Figure
 
-    number = len(panels) + bool(steps)
-    figure = Figure(figsize=(4.5 * number, 3.5), layout="constrained")
-    axes = figure.subplots(1, number)
+    width = len(panels) + (1 if steps else 0)
+    figure = Figure(figsize=(4.5 * width, 3.5), layout="constrained")
+    axes = figure.subplots(1, width)
     epochs = [row["epoch"] for row in rows]
     for ax, (title, columns) in zip(axes, panels.items()):
         for column in columns:
             ax.plot(epochs, [row[column] for row in rows], marker=".", label=column)
         ax.set(title=title, xlabel="epoch")
-    for column, values in (steps or {}).items():
-        axes[-1].plot(range(len(values))[-200:], values[-200:], label=column)
+    if steps:
+        for column, values in steps.items():
+            axes[-1].plot(range(len(values))[-200:], values[-200:], label=column)
         axes[-1].set(title="the last 200 steps", xlabel="step")
     for ax in axes:
         ax.grid(alpha=0.3)
@@ -162,14 +166,18 @@ def new_folder(out, name):
         try:
             Path(out).mkdir(parents=True)
         except FileExistsError:
-            raise Error(f"{out} exists, and no run is overwritten: name another folder") from None
+            raise Error(f"{out!r} exists, and no run is overwritten: name another folder") from None
         return Path(out)
     Path("runs").mkdir(exist_ok=True)
-    for n in itertools.count(1):
-        folder = Path("runs", name if n == 1 else f"{name}-{n}")
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir()
+    folder = Path("runs", name)
+    number = 1
+    while True:
+        try:
+            folder.mkdir()  # by making it, so that two runs that start at the same moment get two
             return folder
+        except FileExistsError:
+            number += 1
+            folder = Path("runs", f"{name}-{number}")
 
 
 def run_folder(text):
@@ -229,44 +237,44 @@ def check_finite(values):
 def save_checkpoint(path, checkpoint):
     """Write a dict of tensors and plain values beside its place, then move it: a kill leaves the old or the new one."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")  # two processes do not write to the same file
-    try:
-        torch.save(checkpoint, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    torch.save(checkpoint, temporary)
+    temporary.replace(path)
 
 
-def load_checkpoint(run, device="cpu"):
-    """The dict in a run's checkpoint.pt, or in another file of torch.save; no code in it runs. Raises Error."""
+def load_checkpoint(run):
+    """The dict in a run's checkpoint.pt or another file of torch.save, on the CPU; no code in it runs. Raises Error."""
     path = Path(run, "checkpoint.pt") if Path(run).is_dir() else Path(run)
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise Error(f"there is no file {path}") from None
     except pickle.UnpicklingError:
-        raise Error(f"{path} holds more than tensors and plain values: save model.state_dict() instead") from None
+        raise Error(f"{path} is not a file of tensors and plain values alone: save model.state_dict()") from None
     except Exception as error:  # a damaged file raises errors of many kinds
         raise Error(f"{path} cannot be opened ({one_line(error)})") from None
     if not isinstance(checkpoint, dict):
-        raise Error(f"{path} holds no dict but a {type(checkpoint).__name__}: save model.state_dict() instead")
+        raise Error(f"{path} holds a {type(checkpoint).__name__}, not a dict: save model.state_dict()")
     return checkpoint
 
 
 def tensors(tree, prefix=""):
-    """The names and values in nested dicts: of {"state_dict": {"mean": x}} it is "state_dict.mean", x.
+    """The tensors in nested dicts, each under its full name, such as "state_dict.encoder.mean.weight".
 
     What DistributedDataParallel and torch.compile put into names, "module." and "_orig_mod.", is left out.
     """
+    found = {}
     for key, value in tree.items():
+        name = f"{prefix}{key}".replace("module.", "").replace("_orig_mod.", "")
         if isinstance(value, dict):
-            yield from tensors(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}".replace("module.", "").replace("_orig_mod.", ""), value
+            found |= tensors(value, f"{name}.")
+        elif isinstance(value, torch.Tensor):
+            found[name] = value
+    return found
 
 
 def find_weights(checkpoint, name):
     """The state_dict of the network that has a weight called `name`, wherever in a checkpoint it lies, or {}."""
-    found = dict(tensors(checkpoint))
+    found = tensors(checkpoint)
     for key in found:
         if key.endswith(name):
             prefix = key.removesuffix(name)  # "", "state_dict.", "model_state_dict.", "generator.", ...
@@ -287,5 +295,5 @@ def load_adam(optimizer, saved):
     optimizer.load_state_dict({**saved, "param_groups": optimizer.state_dict()["param_groups"]})
     for parameter, state in optimizer.state.items():
         for name in ("exp_avg", "exp_avg_sq"):
-            moment = torch.empty_like(parameter)  # in memory as the parameter, on which fused Adam relies
+            moment = torch.empty_like(parameter)  # in the parameter's memory layout, or fused Adam is silently wrong
             state[name] = moment.copy_(state[name])

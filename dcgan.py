@@ -130,18 +130,14 @@ from pathlib import Path
 
 import common
 
-CURVES = {
-    "binary cross-entropy, nats": ["generator/loss", "discriminator/loss"],
-    "accuracy of the discriminator": [f"discriminator/{name}_acc" for name in ("real", "fake", "overall")],
-}
-
 
 class UpsampleConv2d(nn.Conv2d):
     """nn.Upsample(scale_factor=2) and a 3x3 convolution in one: (N, C, H, W) -> (N, D, 2H, 2W).
 
     Upsampling repeats each pixel in a 2x2 block, so at most four of the nine pixels under a 3x3 window differ.
-    With the weights that meet the same pixel added up, what remains is a transposed convolution of stride 2 with
-    a 4x4 kernel: the same numbers for 16/36 of the multiplications. The parameters stay those of the 3x3 one.
+    With the weights that meet the same pixel added up, as in one dimension (a, b, c) to (a, a + b, b + c, c), what
+    remains is a transposed convolution of stride 2 with a 4x4 kernel: the same numbers for 16/36 of the
+    multiplications. The parameters stay those of the 3x3 one.
     """
 
     def __init__(self, in_channels, out_channels):
@@ -151,9 +147,10 @@ class UpsampleConv2d(nn.Conv2d):
         kernel = self.weight.flip(2, 3)  # (D, C, 3, 3); the transposed convolution mirrors it back
         kernel = F.pad(kernel, (0, 0, 1, 0)) + F.pad(kernel, (0, 0, 0, 1))  # a pixel fills two rows: (D, C, 4, 3)
         kernel = F.pad(kernel, (1, 0)) + F.pad(kernel, (0, 1))  # and two columns: (D, C, 4, 4)
+        kernel = kernel.transpose(0, 1).contiguous()  # some releases of MPS read strided weights wrongly
         if x.device.type == "cpu":
             x = x.contiguous(memory_format=torch.channels_last)  # all channels of a pixel together: faster
-        return F.conv_transpose2d(x, kernel.transpose(0, 1), self.bias, stride=2, padding=1)
+        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
 
 
 def fuse_upsampling(generator):
@@ -164,12 +161,14 @@ def fuse_upsampling(generator):
             conv = layers[i + 1]
             with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
                 fused = UpsampleConv2d(conv.in_channels, conv.out_channels)
-            fused.weight, fused.bias = conv.weight, conv.bias
-            layers[i], layers[i + 1] = nn.Identity(), fused
+            fused.weight = conv.weight
+            fused.bias = conv.bias
+            layers[i] = nn.Identity()
+            layers[i + 1] = fused
 
 
 def parse_options(argv):
-    """The options and, with --resume, the checkpoint of that run, whose options are then the defaults."""
+    """The options and, with --resume, the checkpoint of that run, whose options become the defaults."""
     parser = ArgumentParser("dcgan.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     # training
     parser.add_argument("--epochs", type=common.count, default=150, help="passes over the images (default: 150)")
@@ -198,13 +197,14 @@ def parse_options(argv):
     parser.add_argument("--tensorboard", action="store_true", help="log for TensorBoard too (default: no)")
 
     options = parser.parse_args(argv)
-    if options.resume is None:
-        return options, None
-    checkpoint = common.load_checkpoint(options.resume)
-    if checkpoint.get("model") != "dcgan" or "optimizer_g" not in checkpoint:
-        raise common.Error(f"{options.resume} is not a run of dcgan.py that can be resumed")
-    parser.set_defaults(**checkpoint["config"])
-    return parser.parse_args(argv), checkpoint
+    checkpoint = None
+    if options.resume:
+        checkpoint = common.load_checkpoint(options.resume)
+        if checkpoint.get("model") != "dcgan" or "optimizer_g" not in checkpoint:
+            raise common.Error(f"{options.resume} is not a run of dcgan.py that can be resumed")
+        parser.set_defaults(**checkpoint["config"])
+        options = parser.parse_args(argv)  # the run's own, but for what was typed
+    return options, checkpoint
 
 
 def run_name(options):
@@ -218,7 +218,7 @@ def run_name(options):
 
 
 def build(image_shape, latent_dim):
-    """Both networks, under the lab's names; the generator's upsampling is fused."""
+    """Both networks, the generator with fused upsampling."""
     generator = Generator(latent_dim, image_shape)
     fuse_upsampling(generator)
     return nn.ModuleDict({"generator": generator, "discriminator": Discriminator(image_shape)})
@@ -230,14 +230,14 @@ def load(path, device="cpu"):
     They are the "generator" and the "discriminator" of one nn.ModuleDict; the latter is missing where only a
     generator's weights were saved. Raises common.Error.
     """
-    checkpoint = common.load_checkpoint(path, device)
+    checkpoint = common.load_checkpoint(path)
     weights = {
         "generator": common.find_weights(checkpoint, "l1.0.weight"),
         "discriminator": common.find_weights(checkpoint, "adv_layer.0.weight"),
     }
     if "conv_blocks.9.bias" not in weights["generator"]:
-        names = ", ".join(dict(common.tensors(checkpoint)))
-        raise common.Error(f"{path} has no weights of a DCGAN that is known here, but {names}")
+        names = ", ".join(list(common.tensors(checkpoint))[:10])
+        raise common.Error(f"the weights in {path} are not recognised; the first are {names}")
     features, latent_dim = weights["generator"]["l1.0.weight"].shape
     channels = len(weights["generator"]["conv_blocks.9.bias"])
     side = 4 * math.isqrt(features // 128)
@@ -252,6 +252,14 @@ def load(path, device="cpu"):
     return model.eval(), config
 
 
+CURVES = {
+    "binary cross-entropy, nats": ["generator/loss", "discriminator/loss"],
+    "accuracy of the discriminator": [
+        "discriminator/real_acc", "discriminator/fake_acc", "discriminator/overall_acc",
+    ],
+}
+
+
 def main(argv=None):
     options, checkpoint = parse_options(argv)
     device = common.pick_device(options.device)
@@ -261,32 +269,35 @@ def main(argv=None):
     # the images, on the device once: uint8 (N, C, 32, 32)
     data = common.load_dataset(options.dataset, options.data, size=32)
     images = data.train[: options.subset].to(device)
+    image_shape = tuple(images.shape[1:])
     options.dataset = data.name
 
     # both networks, their optimizers, and the codes that are drawn after every epoch
-    image_shape = tuple(images.shape[1:])
     model = build(image_shape, options.latent_dim).to(device)
-    generator, discriminator = model["generator"], model["discriminator"]
-    adam = {"lr": options.lr, "betas": (options.b1, options.b2), "fused": True}
-    optimizer_g = torch.optim.Adam(generator.parameters(), **adam)
-    optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
+    generator = model["generator"]
+    discriminator = model["discriminator"]
     validation_z = torch.randn(50, options.latent_dim).to(device)
-    if options.bf16:
+    betas = (options.b1, options.b2)
+    optimizer_g = torch.optim.Adam(generator.parameters(), lr=options.lr, betas=betas, fused=True)
+    optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=options.lr, betas=betas, fused=True)
+    if options.bf16:  # all but the logits before the sigmoids
         common.use_bf16(generator, [generator.conv_blocks[-2]])
         common.use_bf16(discriminator, [discriminator.adv_layer[0]])
 
     # a new run, or one to go on with
     if checkpoint:
         folder = Path(options.resume)
-        rows, steps = checkpoint["metrics"], checkpoint["steps"]
+        rows = checkpoint["metrics"]
+        steps = checkpoint["steps"]
         common.load_weights(model, checkpoint["state_dict"], folder)
         common.load_adam(optimizer_g, checkpoint["optimizer_g"])
         common.load_adam(optimizer_d, checkpoint["optimizer_d"])
-        way_back = "this command again"
+        resume_command = "run this command again"
     else:
         folder = common.new_folder(options.out, run_name(options))
-        rows, steps = [], torch.empty(0, 4)
-        way_back = f"python dcgan.py --resume {shlex.quote(folder.as_posix())}"
+        rows = []
+        steps = torch.empty(0, 4)  # g_loss, d_loss, real_acc and fake_acc of every step
+        resume_command = f"python dcgan.py --resume {shlex.quote(folder.as_posix())}"
 
     try:
         board = common.open_board(folder, rows) if options.tensorboard else None
@@ -294,7 +305,7 @@ def main(argv=None):
         precision = "bfloat16" if options.bf16 else "float32"
         print(f"{folder}: {len(rows)} of {options.epochs} epochs are done")
         print(f"{len(images):,} images of {data.name}; {parameters:,} parameters on {device}, in {precision}")
-        print(f"if interrupted: {way_back}")
+        print(f"if interrupted: {resume_command}")
         print("    epoch   seconds  time left    G loss    D loss  real acc  fake acc", flush=True)
 
         for epoch in range(len(rows) + 1, options.epochs + 1):
@@ -303,14 +314,14 @@ def main(argv=None):
 
             # one pass over the images
             model.train()
-            numbers = []
-            for x in common.batches(images, options.batch_size, shuffle=True):
+            step_numbers = []
+            for x in common.batches(images, options.batch_size, shuffle=True):  # floats in 0..1
                 z = torch.randn(len(x), options.latent_dim, device=device)
-                step = gan_step(generator, discriminator, optimizer_g, optimizer_d, x, z)
-                numbers.append(torch.stack(step))  # g_loss, d_loss, real_acc, fake_acc
-            epoch_steps = torch.stack(numbers).cpu()  # (steps, 4); nothing waits for the device before
+                numbers = gan_step(generator, discriminator, optimizer_g, optimizer_d, x, z)
+                step_numbers.append(torch.stack(numbers))
+            epoch_steps = torch.stack(step_numbers).cpu()  # the first wait for the device
             g_loss, d_loss, real_acc, fake_acc = epoch_steps.mean(0).tolist()
-            images_per_second = len(images) / (time.perf_counter() - start)
+            speed = len(images) / (time.perf_counter() - start)  # images per second
 
             # a picture of the same codes after every epoch
             generator.eval()
@@ -318,9 +329,8 @@ def main(argv=None):
                 samples = generator(validation_z)
 
             # the row of metrics
-            seconds = time.perf_counter() - start
             row = {
-                "epoch": epoch, "seconds": round(seconds, 3), "images_per_second": round(images_per_second),
+                "epoch": epoch, "seconds": round(time.perf_counter() - start, 3), "images_per_second": round(speed),
                 "generator/loss": g_loss, "discriminator/loss": d_loss,
                 "discriminator/real_acc": real_acc, "discriminator/fake_acc": fake_acc,
                 "discriminator/overall_acc": (real_acc + fake_acc) / 2,
@@ -338,7 +348,8 @@ def main(argv=None):
                 "epoch": epoch, "metrics": rows, "steps": steps,
             })
 
-            # the line that stays
+            # one line on the console
+            seconds = time.perf_counter() - start
             left = timedelta(seconds=round(seconds * (options.epochs - epoch)))
             line = f"{epoch:>5}/{options.epochs:<3} {seconds:9.1f} {left!s:>10} {g_loss:9.3f} {d_loss:9.3f}"
             print(f"{line} {real_acc:9.1%} {fake_acc:9.1%}", flush=True)
@@ -346,8 +357,8 @@ def main(argv=None):
         if rows:
             last_steps = {"generator/loss": steps[:, 0], "discriminator/loss": steps[:, 1]}
             common.save_curves(folder / "losses.png", rows, CURVES, last_steps)
-        elif not options.resume:
-            shutil.rmtree(folder, ignore_errors=True)  # the next run gets its name
+        elif not options.resume:  # a new run that finished no epoch: its name is free again
+            shutil.rmtree(folder, ignore_errors=True)
     print(f"next: python sample.py {shlex.quote(folder.as_posix())}")
 
 

@@ -5,10 +5,9 @@
     python sample.py runs/dcgan --n 64 --slerp --out pictures
     python sample.py runs/vae-beta1 runs/vae-beta10 runs/dcgan    # samples of each, side by side
 
-They are written to the run's folder, or to --out, over those of an earlier call; comparison.png, of more than one
-run, to the current folder. The lab's .ckpt files and a notebook's torch.save(model.state_dict(), ...) open too.
-Such weights are taken for a VAE's, since those of an autoencoder look the same: train that one with
-vae.py --autoencoder, whose runs tell.
+They are written to the run's folder, or to --out, and replace those of an earlier call; comparison.png, of more than
+one run, goes to the current folder. The lab's .ckpt files and a notebook's torch.save(model.state_dict(), ...) open
+too. Weights without a run are taken for a VAE's, since those of an autoencoder look the same.
 """
 
 import os
@@ -76,12 +75,12 @@ def compare(runs, device, seed):
     return figure
 
 
-def training_frames(folder):
-    """The samples of every epoch in a run's folder, as Pillow's images in 32 colours."""
+def training_frames(folder, epochs):
+    """The samples of a run's epochs as Pillow's images, in 32 colours."""
     from PIL import Image
 
-    paths = sorted(folder.glob("images/epoch_*_samples.png"), key=lambda path: int(path.name.split("_")[1]))
-    return [Image.open(path).quantize(32) for path in paths]
+    paths = [folder / f"images/epoch_{epoch:03d}_samples.png" for epoch in range(1, epochs + 1)]
+    return [Image.open(path).quantize(32) for path in paths if path.exists()]
 
 
 def parse_options(argv):
@@ -100,7 +99,7 @@ def parse_options(argv):
     if not options.runs:
         newest = max(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime, default=None)
         if newest is None:
-            parser.error("there is no run in runs/: train one first, or name one")
+            raise common.Error("there is no run in runs/: train one first, or name one")
         options.runs = [newest.parent]
     return options
 
@@ -130,20 +129,20 @@ def main(argv=None):
         name, root = options.dataset or config["dataset"], options.data or config["data"]
         data = common.load_dataset(name, root, size=config["image_shape"][-1])
         if data.train.shape[1:] != config["image_shape"]:
-            raise common.Error(f"{run} was not trained on images like those of {name}, {tuple(data.train.shape[1:])}")
-        if max(options.images) >= len(data.train):
+            raise common.Error(f"{run} was not trained on images of the shape of {name}'s")
+        if not all(0 <= i < len(data.train) for i in options.images):
             raise common.Error(f"--images: {name} has {len(data.train)} training images, counted from 0")
         ends = data.train[options.images].to(device) / 255
         mean, _ = model.encoder(ends.flatten(1))
         between = decode(path_between(mean[0], mean[1], options.steps))
-        pictures["interpolation_digits.png"] = torch.cat([ends[:1], between, ends[1:]]), options.steps + 2
+        pictures["interpolation_digits.png"] = (torch.cat([ends[:1], between, ends[1:]]), options.steps + 2)
         x = data.test[:50].to(device) / 255
-        pictures["reconstructions.png"] = vae.reconstruct(model, x), 10
+        pictures["reconstructions.png"] = (vae.reconstruction_rows(model, x), 10)
         if config["latent_dim"] == 2 and not config["autoencoder"]:
-            pictures["manifold.png"] = decode(manifold().to(device)), 20
+            pictures["manifold.png"] = (decode(manifold().to(device)), 20)
 
     run_folder = run if run.is_dir() else run.parent
-    frames = training_frames(run_folder)
+    frames = training_frames(run_folder, common.load_checkpoint(run).get("epoch", 0))
 
     # nothing above wrote a file, so that what is refused leaves the earlier pictures as they were
     folder = options.out or run_folder

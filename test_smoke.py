@@ -200,7 +200,7 @@ def test_a_gan_step_is_the_two_losses_in_the_labs_order():
     fake_score, real_score = old_d(fakes), old_d(images)
     g_loss = -fake_score.log().mean()
     d_loss = -0.5 * (real_score.log().mean() + (1 - fake_score).log().mean())
-    accuracies = [(real_score > 0.5).double().mean(), (fake_score <= 0.5).double().mean()]
+    accuracies = [(real_score > 0.5).float().mean(), (fake_score <= 0.5).float().mean()]
     torch.testing.assert_close(list(losses_and_accuracies), [g_loss.detach(), d_loss.detach(), *accuracies])
     for new, old, loss in ((generator, old_g, g_loss), (discriminator, old_d, d_loss)):
         gradients = torch.autograd.grad(loss, list(old.parameters()), retain_graph=True)
@@ -324,7 +324,8 @@ def test_bf16_leaves_the_sigmoids_in_float32():
         nn.init.zeros_(logits.weight), nn.init.constant_(logits.bias, 8.0)
     for output in (*model(torch.rand(2, 784)), discriminator(torch.rand(2, 1, 32, 32))):
         assert output.dtype == torch.float32
-        assert output.shape[1] == 8 or output == pytest.approx(1 / (1 + np.exp(-8)))  # in bfloat16 it would be 1
+        if output.shape[1] != 8:  # not mean and log_var: the sigmoid, which in bfloat16 would be 1
+            torch.testing.assert_close(output, torch.sigmoid(torch.full(output.shape, 8.0)))
 
 
 @pytest.mark.parametrize("run", [VAE, DCGAN])
@@ -361,7 +362,7 @@ def test_the_defaults_are_the_labs_and_help_shows_them(capsys):
 BAD = ["vae --beta nan", "vae --beta -1", "vae --epochs 0", "vae --resume RUN --out b", "dcgan --subset 0"]
 
 
-@pytest.mark.parametrize("line", [*BAD, "sample", "tsne"])
+@pytest.mark.parametrize("line", BAD)
 def test_a_bad_option_is_argparses(line, trained, capsys):
     script, *words = line.replace("RUN", str(trained.runs / VAE)).split()
     with pytest.raises(SystemExit) as stop:
@@ -374,7 +375,7 @@ def test_a_bad_option_is_argparses(line, trained, capsys):
 
 def test_no_run_takes_the_folder_of_another():
     Path("taken").mkdir()
-    assert "taken exists" in error_of("vae", *SMALL, "--out", "taken") and not os.listdir("taken")
+    assert "'taken' exists" in error_of("vae", *SMALL, "--out", "taken") and not os.listdir("taken")
     words = ["-c", "import common; print(common.new_folder(None, 'vae').as_posix())"]
     processes = [start(*words, PYTHONPATH=str(HERE)) for _ in range(2)]
     folders = {process.communicate(timeout=100)[0].strip() for process in processes}
@@ -630,7 +631,7 @@ def test_what_sample_refuses_is_one_line_and_earlier_pictures_stay(trained):
         (model, "save model.state_dict()"),
         ({"state_dict": weights, "loss": np.mean([1.0, 2.0])}, "save model.state_dict()"),
         ({**weights, "payload": Malicious()}, "save model.state_dict()"),
-        ([1, 2], "holds no dict but a list"),
+        ([1, 2], "holds a list, not a dict"),
         ({"model_state_dict": weights}, "model_state_dict.encoder.backbone.1.weight"),
         (alien, "Missing key"),
     ):

@@ -54,7 +54,7 @@ def parse_options(argv):
     parser.add_argument("run", nargs="?", type=Path, help="run or file with weights (default: the newest runs/vae*)")
     parser.add_argument("--codes", choices=codes, default="mean", help="what to map of each image (default: mean)")
     parser.add_argument("--n", type=common.count, default=1000, help="test images on the map (default: 1000)")
-    parser.add_argument("--perplexity", type=float, default=30.0, help="of t-SNE, below --n (default: 30)")
+    parser.add_argument("--perplexity", type=float, default=30.0, help="t-SNE's perplexity, below --n (default: 30)")
     parser.add_argument("--dataset", choices=[*common.SETS, "digits"], help="the images (default: the run's)")
     parser.add_argument("--data", help="folder of the data sets (default: the run's)")
     parser.add_argument("--out", type=Path, help="folder to write to (default: the run's)")
@@ -64,7 +64,7 @@ def parse_options(argv):
     if options.run is None:
         newest = max(Path("runs").glob("vae*/checkpoint.pt"), key=os.path.getmtime, default=None)
         if newest is None:
-            parser.error("there is no VAE in runs/: train one first, or name one")
+            raise common.Error("there is no VAE in runs/: train one first, or name one")
         options.run = newest.parent
     return options
 
@@ -81,7 +81,7 @@ def main(argv=None):
     name, root = options.dataset or config["dataset"], options.data or config["data"]
     data = common.load_dataset(name, root, size=config["image_shape"][-1])
     if data.test.shape[1:] != config["image_shape"]:
-        raise common.Error(f"{options.run} was not trained on images like those of {name}")
+        raise common.Error(f"{options.run} was not trained on images of the shape of {name}'s")
 
     # codes of all test images, and which of them are drawn
     torch.manual_seed(options.seed)
@@ -90,11 +90,12 @@ def main(argv=None):
     mean, log_var = model.encoder(x)
     std = torch.exp(0.5 * log_var)
     z = vae.reparameterize(mean, std)
-    codes = {"mean": mean, "sample": z, "std": std, "pixels": x}[options.codes].cpu()[chosen].numpy()
+    codes = {"mean": mean, "sample": z, "std": std, "pixels": x}[options.codes]
+    codes = codes.cpu()[chosen].numpy()
     labels = data.test_labels[chosen].numpy()
     if codes.shape[1] == 1:
         raise common.Error("codes of one dimension are not drawn: train with --latent-dim 2 or more")
-    if (codes == codes[0]).all():
+    if len(codes) > 1 and (codes == codes[0]).all():
         raise common.Error(f"all codes are equal: the encoder of {options.run} has collapsed")
 
     # the map: two dimensions as they are, more of them through t-SNE

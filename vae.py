@@ -183,7 +183,7 @@ class ConvDecoder(nn.Module):
 class Autoencoder(VAE):
     """A plain autoencoder: nothing is sampled, and the code of x is model.encoder(x)[0].
 
-    In place of mean and log_var forward returns zeros, whose KL divergence is 0: the loss is the reconstruction's.
+    In place of mean and log_var forward returns zeros, so the KL is 0 and the loss is the reconstruction loss alone.
     """
 
     def forward(self, x):
@@ -205,15 +205,9 @@ from pathlib import Path
 
 import common
 
-CURVES = {
-    "reconstruction, nats per image": ["train/reconstruction_loss", "val/reconstruction_loss"],
-    "KL divergence, nats per image": ["train/kl_loss", "val/kl_loss"],
-    "loss, nats per image": ["train/loss", "val/loss"],
-}
-
 
 def parse_options(argv):
-    """The options and, with --resume, the checkpoint of that run, whose options are then the defaults."""
+    """The options and, with --resume, the checkpoint of that run, whose options become the defaults."""
     parser = ArgumentParser("vae.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     # the network and its training
     parser.add_argument("--beta", type=float, default=10.0, help="weight of the KL divergence (default: 10)")
@@ -243,14 +237,15 @@ def parse_options(argv):
     folder.add_argument("--resume", metavar="RUN", type=common.run_folder, help="go on with a run (default: a new one)")
     parser.add_argument("--tensorboard", action="store_true", help="log for TensorBoard too (default: no)")
 
-    options, checkpoint = parser.parse_args(argv), None
+    options = parser.parse_args(argv)
+    checkpoint = None
     if options.resume:
         checkpoint = common.load_checkpoint(options.resume)
         if checkpoint.get("model") != "vae" or "optimizer" not in checkpoint:
             raise common.Error(f"{options.resume} is not a run of vae.py that can be resumed")
         parser.set_defaults(**checkpoint["config"])
-        options = parser.parse_args(argv)
-    if not options.beta >= 0:
+        options = parser.parse_args(argv)  # the run's own, but for what was typed
+    if not options.beta >= 0:  # or nan
         parser.error("--beta is below 0")
     return options, checkpoint
 
@@ -283,11 +278,11 @@ def load(path, device="cpu"):
 
     Weights without a config must be of the fully connected VAE, whose sizes are read off them. Raises common.Error.
     """
-    checkpoint = common.load_checkpoint(path, device)
+    checkpoint = common.load_checkpoint(path)
     weights = common.find_weights(checkpoint, "encoder.mean.weight")
     if checkpoint.get("model") == "vae":
         config = {**checkpoint["config"], "image_shape": tuple(checkpoint["image_shape"])}
-    elif "encoder.backbone.0.weight" in weights:
+    elif "encoder.backbone.0.weight" in weights and weights["encoder.backbone.0.weight"].ndim == 2:
         hidden_dim, input_dim = weights["encoder.backbone.0.weight"].shape
         latent_dim = len(weights["encoder.mean.weight"])
         channels = 1 if math.isqrt(input_dim) ** 2 == input_dim else 3
@@ -295,20 +290,27 @@ def load(path, device="cpu"):
         config = {"arch": "fc", "autoencoder": False, "hidden_dim": hidden_dim, "latent_dim": latent_dim}
         config |= {"image_shape": (channels, side, side), "dataset": "mnist", "data": "data"}
     else:
-        names = ", ".join(dict(common.tensors(checkpoint)))
-        raise common.Error(f"{path} has no weights of a VAE that is known here, but {names}")
+        names = ", ".join(list(common.tensors(checkpoint))[:10])
+        raise common.Error(f"the weights in {path} are not recognised; the first are {names}")
     model = build(config["image_shape"], config).to(device)
     common.load_weights(model, weights, path)
     return model.eval(), config
 
 
 @torch.no_grad()
-def reconstruct(model, x):
+def reconstruction_rows(model, x):
     """Images x (N, C, H, W) in rows of ten, each row above that of their reconstructions; N is a multiple of ten."""
     x_pred, _, _ = model(x.flatten(1))
     x_pred = x_pred.view_as(x)
     rows = torch.stack([x.unflatten(0, (-1, 10)), x_pred.unflatten(0, (-1, 10))], dim=1)  # (N / 10, 2, 10, C, H, W)
     return rows.flatten(0, 2)
+
+
+CURVES = {
+    "reconstruction, nats per image": ["train/reconstruction_loss", "val/reconstruction_loss"],
+    "KL divergence, nats per image": ["train/kl_loss", "val/kl_loss"],
+    "loss, nats per image": ["train/loss", "val/loss"],
+}
 
 
 def main(argv=None):
@@ -327,23 +329,25 @@ def main(argv=None):
 
     # the network, its optimizer, and the codes and images that are drawn after every epoch
     model = build(image_shape, vars(options))
+    layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format  # faster convolutions on a CPU
+    model.to(device, memory_format=layout)
     fixed_z = torch.randn(50, options.latent_dim).to(device)
     fixed_x = test_images[:50] / 255
-    # a convolution on a CPU is faster with all channels of a pixel together
-    model.to(device, memory_format=torch.channels_last if device.type == "cpu" else torch.contiguous_format)
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
-    if options.bf16:
+    if options.bf16:  # all but the codes and the logits before the sigmoid
         common.use_bf16(model, [model.encoder.mean, model.encoder.log_var, model.decoder.backbone])
 
     # a new run, or one to go on with
     if checkpoint:
-        folder, rows = Path(options.resume), checkpoint["metrics"]
+        folder = Path(options.resume)
+        rows = checkpoint["metrics"]
         common.load_weights(model, checkpoint["state_dict"], folder)
         common.load_adam(optimizer, checkpoint["optimizer"])
-        way_back = "this command again"
+        resume_command = "run this command again"
     else:
-        folder, rows = common.new_folder(options.out, run_name(options)), []
-        way_back = f"python vae.py --resume {shlex.quote(folder.as_posix())}"
+        folder = common.new_folder(options.out, run_name(options))
+        rows = []
+        resume_command = f"python vae.py --resume {shlex.quote(folder.as_posix())}"
 
     try:
         board = common.open_board(folder, rows) if options.tensorboard else None
@@ -351,7 +355,7 @@ def main(argv=None):
         precision = "bfloat16" if options.bf16 else "float32"
         print(f"{folder}: {len(rows)} of {options.epochs} epochs are done")
         print(f"{len(train_images):,} images of {data.name}; {parameters:,} parameters on {device}, in {precision}")
-        print(f"if interrupted: {way_back}")
+        print(f"if interrupted: {resume_command}")
         print("    epoch   seconds  time left     train      test = BCE + beta * KL", flush=True)
 
         for epoch in range(len(rows) + 1, options.epochs + 1):
@@ -361,26 +365,25 @@ def main(argv=None):
             # one pass over the training images
             model.train()
             sums = torch.zeros(2, device=device)
-            for x in common.batches(train_images, options.batch_size, shuffle=True):
+            for x in common.batches(train_images, options.batch_size, shuffle=True):  # floats in 0..1
                 losses = vae_step(model, optimizer, x.flatten(1), options.beta)
                 sums += torch.stack(losses)
-            reconstruction, kl = (sums / len(train_images)).tolist()  # nothing waits for the device before
+            reconstruction, kl = (sums / len(train_images)).tolist()  # the first wait for the device
             loss = reconstruction + options.beta * kl
-            images_per_second = len(train_images) / (time.perf_counter() - start)
+            speed = len(train_images) / (time.perf_counter() - start)  # images per second
 
             # the same losses on the test images
             test_batches = common.batches(test_images, options.batch_size)
             val_reconstruction, val_kl, val_loss = evaluate(model, test_batches, options.beta)
 
-            # pictures from the same codes and images after every epoch
+            # pictures from the same codes and images after every epoch; evaluate left the model in eval mode
             with torch.no_grad():
                 samples = model.decoder(fixed_z).unflatten(1, image_shape)
-                pictures = {"samples": samples, "reconstructions": reconstruct(model, fixed_x)}
+                pictures = {"samples": samples, "reconstructions": reconstruction_rows(model, fixed_x)}
 
             # the row of metrics
-            seconds = time.perf_counter() - start
             row = {
-                "epoch": epoch, "seconds": round(seconds, 3), "images_per_second": round(images_per_second),
+                "epoch": epoch, "seconds": round(time.perf_counter() - start, 3), "images_per_second": round(speed),
                 "train/reconstruction_loss": reconstruction, "train/kl_loss": kl, "train/loss": loss,
                 "val/reconstruction_loss": val_reconstruction, "val/kl_loss": val_kl, "val/loss": val_loss,
             }
@@ -395,15 +398,16 @@ def main(argv=None):
                 "epoch": epoch, "metrics": rows,
             })
 
-            # the line that stays
+            # one line on the console
+            seconds = time.perf_counter() - start
             left = timedelta(seconds=round(seconds * (options.epochs - epoch)))
             equation = f"{val_loss:9.2f} = {val_reconstruction:.2f} + {options.beta:g} * {val_kl:.3f}"
             print(f"{epoch:>5}/{options.epochs:<3} {seconds:9.1f} {left!s:>10} {loss:9.2f} {equation}", flush=True)
     finally:
         if rows:
             common.save_curves(folder / "losses.png", rows, CURVES)
-        elif not options.resume:
-            shutil.rmtree(folder, ignore_errors=True)  # the same command gets the same name again
+        elif not options.resume:  # a new run that finished no epoch: its name is free again
+            shutil.rmtree(folder, ignore_errors=True)
     print(f"next: python sample.py {shlex.quote(folder.as_posix())}")
 
 
