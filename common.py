@@ -258,26 +258,26 @@ def load_checkpoint(run):
 
 
 def tensors(tree, prefix=""):
-    """The tensors in nested dicts, each under its full name, such as "state_dict.encoder.mean.weight".
-
-    What DistributedDataParallel and torch.compile put into names, "module." and "_orig_mod.", is left out.
-    """
+    """The tensors in nested dicts, each under its full name, such as "state_dict.encoder.mean.weight"."""
     found = {}
     for key, value in tree.items():
-        name = f"{prefix}{key}".replace("module.", "").replace("_orig_mod.", "")
         if isinstance(value, dict):
-            found |= tensors(value, f"{name}.")
+            found |= tensors(value, f"{prefix}{key}.")
         elif isinstance(value, torch.Tensor):
-            found[name] = value
+            found[f"{prefix}{key}"] = value
     return found
 
 
 def find_weights(checkpoint, name):
-    """The state_dict of the network that has a weight called `name`, wherever in a checkpoint it lies, or {}."""
+    """The state_dict of the network that has a weight called `name`, wherever in a checkpoint it lies, or {}.
+
+    What stands before the name is left out: "state_dict.", "model_state_dict.", "generator.", or what
+    DistributedDataParallel and torch.compile put there, "module." and "_orig_mod.".
+    """
     found = tensors(checkpoint)
     for key in found:
         if key.endswith(name):
-            prefix = key.removesuffix(name)  # "", "state_dict.", "model_state_dict.", "generator.", ...
+            prefix = key.removesuffix(name)
             return {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
     return {}
 

@@ -236,8 +236,8 @@ def load(path, device="cpu"):
         "discriminator": common.find_weights(checkpoint, "adv_layer.0.weight"),
     }
     if "conv_blocks.9.bias" not in weights["generator"]:
-        names = ", ".join(list(common.tensors(checkpoint))[:10])
-        raise common.Error(f"the weights in {path} are not recognised; the first are {names}")
+        names = list(common.tensors(checkpoint))[:10]
+        raise common.Error(f"the weights in {path} are not recognised: {names}")
     features, latent_dim = weights["generator"]["l1.0.weight"].shape
     channels = len(weights["generator"]["conv_blocks.9.bias"])
     side = 4 * math.isqrt(features // 128)

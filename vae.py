@@ -290,8 +290,8 @@ def load(path, device="cpu"):
         config = {"arch": "fc", "autoencoder": False, "hidden_dim": hidden_dim, "latent_dim": latent_dim}
         config |= {"image_shape": (channels, side, side), "dataset": "mnist", "data": "data"}
     else:
-        names = ", ".join(list(common.tensors(checkpoint))[:10])
-        raise common.Error(f"the weights in {path} are not recognised; the first are {names}")
+        names = list(common.tensors(checkpoint))[:10]
+        raise common.Error(f"the weights in {path} are not recognised: {names}")
     model = build(config["image_shape"], config).to(device)
     common.load_weights(model, weights, path)
     return model.eval(), config
