@@ -162,20 +162,15 @@ def save_curves(path, rows, panels, steps=None):
 
 def new_folder(out, name):
     """Make the folder of a new run: out, which must not exist, or the first free of runs/NAME, runs/NAME-2, ..."""
-    if out is not None:
-        try:
-            Path(out).mkdir(parents=True)
-        except FileExistsError:
-            raise Error(f"{out!r} exists, and no run is overwritten: name another folder") from None
-        return Path(out)
-    Path("runs").mkdir(exist_ok=True)
-    folder = Path("runs", name)
+    folder = Path("runs", name) if out is None else Path(out)
     number = 1
     while True:
         try:
-            folder.mkdir()  # by making it, so that two runs that start at the same moment get two
+            folder.mkdir(parents=True)  # by making it, so that two runs that start at the same moment get two
             return folder
         except FileExistsError:
+            if out is not None:
+                raise Error(f"{out!r} exists, and no run is overwritten: name another folder") from None
             number += 1
             folder = Path("runs", f"{name}-{number}")
 

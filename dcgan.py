@@ -8,7 +8,7 @@ images x, and each is trained against the other. They minimise
 
     python dcgan.py --epochs 150                       # the lab's run
     python dcgan.py --epochs 10                        # enough to see digits, without a GPU
-    python dcgan.py --dataset cifar100 --epochs 50     # three channels
+    python dcgan.py --dataset cifar100 --epochs 20     # three channels
 
 Everything above the line "=== Script" needs only torch and can be pasted into a notebook.
 """
@@ -270,7 +270,7 @@ def main(argv=None):
     data = common.load_dataset(options.dataset, options.data, size=32)
     images = data.train[: options.subset].to(device)
     image_shape = tuple(images.shape[1:])
-    options.dataset = data.name
+    options.dataset = data.name  # known only now, and kept in the checkpoint
 
     # both networks, their optimizers, and the codes that are drawn after every epoch
     model = build(image_shape, options.latent_dim).to(device)
@@ -280,7 +280,7 @@ def main(argv=None):
     betas = (options.b1, options.b2)
     optimizer_g = torch.optim.Adam(generator.parameters(), lr=options.lr, betas=betas, fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=options.lr, betas=betas, fused=True)
-    if options.bf16:  # all but the logits before the sigmoids
+    if options.bf16:  # the logits before the sigmoids stay float32
         common.use_bf16(generator, [generator.conv_blocks[-2]])
         common.use_bf16(discriminator, [discriminator.adv_layer[0]])
 
@@ -319,7 +319,7 @@ def main(argv=None):
                 z = torch.randn(len(x), options.latent_dim, device=device)
                 numbers = gan_step(generator, discriminator, optimizer_g, optimizer_d, x, z)
                 step_numbers.append(torch.stack(numbers))
-            epoch_steps = torch.stack(step_numbers).cpu()  # the first wait for the device
+            epoch_steps = torch.stack(step_numbers).cpu()  # only here Python waits for the device
             g_loss, d_loss, real_acc, fake_acc = epoch_steps.mean(0).tolist()
             speed = len(images) / (time.perf_counter() - start)  # images per second
 
@@ -348,12 +348,12 @@ def main(argv=None):
                 "epoch": epoch, "metrics": rows, "steps": steps,
             })
 
-            # one line on the console
+            # one line on the console, with the time of the whole epoch
             seconds = time.perf_counter() - start
             left = timedelta(seconds=round(seconds * (options.epochs - epoch)))
             line = f"{epoch:>5}/{options.epochs:<3} {seconds:9.1f} {left!s:>10} {g_loss:9.3f} {d_loss:9.3f}"
             print(f"{line} {real_acc:9.1%} {fake_acc:9.1%}", flush=True)
-    finally:
+    finally:  # after the last epoch, Ctrl-C or an error
         if rows:
             last_steps = {"generator/loss": steps[:, 0], "discriminator/loss": steps[:, 1]}
             common.save_curves(folder / "losses.png", rows, CURVES, last_steps)

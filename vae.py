@@ -325,7 +325,7 @@ def main(argv=None):
     train_images = data.train[: options.subset].to(device)
     test_images = data.test.to(device)
     image_shape = tuple(test_images.shape[1:])
-    options.dataset = data.name
+    options.dataset = data.name  # known only now, and kept in the checkpoint
     options.batch_size = options.batch_size or (64 if data.name == "digits" else 1024)
 
     # the network, its optimizer, and the codes and images that are drawn after every epoch
@@ -335,7 +335,7 @@ def main(argv=None):
     fixed_z = torch.randn(50, options.latent_dim).to(device)
     fixed_x = test_images[:50] / 255
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
-    if options.bf16:  # all but the codes and the logits before the sigmoid
+    if options.bf16:  # the codes and the logits before the sigmoid stay float32
         common.use_bf16(model, [model.encoder.mean, model.encoder.log_var, model.decoder.backbone])
 
     # a new run, or one to go on with
@@ -369,7 +369,7 @@ def main(argv=None):
             for x in common.batches(train_images, options.batch_size, shuffle=True):  # floats in 0..1
                 losses = vae_step(model, optimizer, x.flatten(1), options.beta)
                 sums += torch.stack(losses)
-            reconstruction, kl = (sums / len(train_images)).tolist()  # the first wait for the device
+            reconstruction, kl = (sums / len(train_images)).tolist()  # only here Python waits for the device
             loss = reconstruction + options.beta * kl
             speed = len(train_images) / (time.perf_counter() - start)  # images per second
 
@@ -399,12 +399,12 @@ def main(argv=None):
                 "epoch": epoch, "metrics": rows,
             })
 
-            # one line on the console
+            # one line on the console, with the time of the whole epoch
             seconds = time.perf_counter() - start
             left = timedelta(seconds=round(seconds * (options.epochs - epoch)))
             equation = f"{val_loss:9.2f} = {val_reconstruction:.2f} + {options.beta:g} * {val_kl:.3f}"
             print(f"{epoch:>5}/{options.epochs:<3} {seconds:9.1f} {left!s:>10} {loss:9.2f} {equation}", flush=True)
-    finally:
+    finally:  # after the last epoch, Ctrl-C or an error
         if rows:
             common.save_curves(folder / "losses.png", rows, CURVES)
         elif not options.resume:  # a new run that finished no epoch: its name is free again
