@@ -324,7 +324,7 @@ def main(argv=None):
             speed = len(images) / (time.perf_counter() - start)  # images per second
 
             # a picture of the same codes after every epoch
-            generator.eval()
+            model.eval()
             with torch.no_grad():
                 samples = generator(validation_z)
 
