@@ -81,7 +81,7 @@ def load_dataset(name, root, size=None):
     from torchvision.transforms.functional import resize
 
     if name == "digits":
-        return load_digits(size or 28)
+        return load_digits(size)
     kind = SETS[name or "mnist"]
     try:
         splits = [getattr(datasets, kind)(root, train=train, download=True) for train in (True, False)]
@@ -90,7 +90,7 @@ def load_dataset(name, root, size=None):
         if name:
             raise Error(problem) from None
         print(f"*** WARNING: {problem}\n*** TRAINING ON THE DIGITS OF SCIKIT-LEARN INSTEAD", file=sys.stderr)
-        return load_digits(size or 28)
+        return load_digits(size)
 
     images = []
     for split in splits:
@@ -100,23 +100,24 @@ def load_dataset(name, root, size=None):
     return Dataset(name or "mnist", *images, torch.as_tensor(splits[1].targets), splits[1].classes)
 
 
-def load_digits(size):
-    """The 1,797 8x8 digits inside scikit-learn, 1,500 to train on and 297 to test on: no network needed."""
+def load_digits(size=None):
+    """The 1,797 8x8 digits inside scikit-learn, 1,500 to train on and 297 to test on: no download needed."""
     from sklearn import datasets
     from torchvision.transforms.functional import resize
 
     digits = datasets.load_digits()
-    images = resize(torch.from_numpy(digits.images[:, None]) * (255 / 16), [size, size]).round().byte()
+    images = resize(torch.from_numpy(digits.images[:, None]) * (255 / 16), [size or 28] * 2).round().byte()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     images, labels = images[order], torch.from_numpy(digits.target)[order]
-    return Dataset("digits", images[:1500], images[1500:], labels[1500:], digits.target_names)
+    return Dataset("digits", images[:1500], images[1500:], labels[1500:], digits.target_names.tolist())
 
 
 def batches(images, batch_size, shuffle=False):
-    """One pass over uint8 images, on their device, with a progress bar: floats in 0..1; the last may be smaller."""
-    order = torch.randperm if shuffle else torch.arange
-    indices = order(len(images), device=images.device).split(batch_size)
-    for batch in tqdm(indices, leave=False, disable=None):  # None: no bar in a file
+    """Yield uint8 images as batches of floats in 0..1, on their device, with a bar; the last batch may be smaller."""
+    indices = torch.arange(len(images), device=images.device)
+    if shuffle:
+        indices = torch.randperm(len(images), device=images.device)
+    for batch in tqdm(indices.split(batch_size), leave=False, disable=None):  # None: no bar in a file
         yield images[batch] / 255
 
 
@@ -138,7 +139,7 @@ def save_curves(path, rows, panels, steps=None):
     """
     from matplotlib.figure import Figure
 
-    width = len(panels) + (1 if steps else 0)
+    width = len(panels) + bool(steps)
     figure = Figure(figsize=(4.5 * width, 3.5), layout="constrained")
     axes = figure.subplots(1, width)
     epochs = [row["epoch"] for row in rows]
@@ -216,7 +217,8 @@ def save_epoch(folder, rows, pictures, board=None):
         writer.writerows(rows)
     if board:
         for name, value in rows[-1].items():
-            board.add_scalar(name, value, epoch)
+            if name != "epoch":
+                board.add_scalar(name, value, epoch)
         for name, images in pictures.items():
             board.add_image(name, make_grid(images, nrow=10), epoch)
         board.flush()
@@ -232,8 +234,11 @@ def check_finite(values):
 def save_checkpoint(path, checkpoint):
     """Write a dict of tensors and plain values beside its place, then move it: a kill leaves the old or the new one."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")  # two processes do not write to the same file
-    torch.save(checkpoint, temporary)
-    temporary.replace(path)
+    try:
+        torch.save(checkpoint, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # it is there only after Ctrl-C, or on a full disk
 
 
 def load_checkpoint(run):

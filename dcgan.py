@@ -177,7 +177,7 @@ def parse_options(argv):
     parser.add_argument("--lr", type=float, default=2e-4, help="Adam's learning rate (default: 0.0002)")
     parser.add_argument("--b1", type=float, default=0.5, help="Adam's first beta (default: 0.5)")
     parser.add_argument("--b2", type=float, default=0.999, help="Adam's second beta (default: 0.999)")
-    parser.add_argument("--seed", type=int, default=0, help="of all random numbers (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
     # images
     parser.add_argument("--dataset", choices=[*common.SETS, "digits"], help="images (default: mnist, or else digits)")
     parser.add_argument("--data", default="data", help="folder of the data sets (default: data)")
@@ -336,17 +336,19 @@ def main(argv=None):
                 "discriminator/overall_acc": (real_acc + fake_acc) / 2,
             }
             common.check_finite({**row, "samples": samples})
-            rows.append(row)
-            steps = torch.cat([steps, epoch_steps])
+            new_rows = [*rows, row]
+            new_steps = torch.cat([steps, epoch_steps])
 
             # the files of this epoch, and then the checkpoint
-            common.save_epoch(folder, rows, {"samples": samples}, board)
+            common.save_epoch(folder, new_rows, {"samples": samples}, board)
             common.save_checkpoint(folder / "checkpoint.pt", {
                 "model": "dcgan", "config": vars(options), "image_shape": image_shape,
                 "state_dict": model.state_dict(),
                 "optimizer_g": optimizer_g.state_dict(), "optimizer_d": optimizer_d.state_dict(),
-                "epoch": epoch, "metrics": rows, "steps": steps,
+                "epoch": epoch, "metrics": new_rows, "steps": new_steps,
             })
+            rows = new_rows
+            steps = new_steps
 
             # one line on the console, with the time of the whole epoch
             seconds = time.perf_counter() - start

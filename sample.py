@@ -5,9 +5,9 @@
     python sample.py runs/dcgan --n 64 --slerp --out pictures
     python sample.py runs/vae-beta1 runs/vae-beta10 runs/dcgan    # samples of each, side by side
 
-They are written to the run's folder, or to --out, and replace those of an earlier call; comparison.png, of more than
-one run, goes to the current folder. The lab's .ckpt files and a notebook's torch.save(model.state_dict(), ...) open
-too. Weights without a run are taken for a VAE's, since those of an autoencoder look the same.
+They are written to the run's folder, or to --out, and replace those of an earlier call. More than one run makes only
+comparison.png, in the current folder or in --out. The lab's .ckpt files and a notebook's torch.save(model.state_dict(),
+...) open too. An autoencoder's weights look like a VAE's and are drawn as one's: train it with vae.py --autoencoder.
 """
 
 import os
@@ -75,12 +75,13 @@ def compare(runs, device, seed):
     return figure
 
 
-def training_frames(folder, epochs):
+def training_frames(folder):
     """The samples of a run's epochs as Pillow's images, in 32 colours."""
     from PIL import Image
 
-    paths = [folder / f"images/epoch_{epoch:03d}_samples.png" for epoch in range(1, epochs + 1)]
-    return [Image.open(path).quantize(32) for path in paths if path.exists()]
+    paths = folder.glob("images/epoch_*_samples.png")
+    paths = sorted(paths, key=lambda path: int(path.name.split("_")[1]))
+    return [Image.open(path).quantize(32) for path in paths]
 
 
 def parse_options(argv):
@@ -89,10 +90,10 @@ def parse_options(argv):
     parser.add_argument("--n", type=common.count, default=24, help="samples, in rows of 8 (default: 24)")
     parser.add_argument("--steps", type=common.count, default=11, help="images in an interpolation (default: 11)")
     parser.add_argument("--slerp", action="store_true", help="interpolate on an arc (default: on a straight line)")
-    parser.add_argument("--images", type=int, nargs=2, default=[0, 2], help="VAE: between which (default: 0 2)")
+    parser.add_argument("--images", type=int, nargs=2, default=[0, 2], help="VAE: the two to go between (default: 0 2)")
     parser.add_argument("--dataset", choices=[*common.SETS, "digits"], help="VAE: the images (default: the run's)")
     parser.add_argument("--data", help="folder of the data sets (default: the run's)")
-    parser.add_argument("--out", type=Path, help="folder to write to (default: the run's)")
+    parser.add_argument("--out", type=Path, help="folder to write to (default: the run's, or the current one)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: auto, a GPU if any)")
     options = parser.parse_args(argv)
@@ -129,7 +130,8 @@ def main(argv=None):
         name, root = options.dataset or config["dataset"], options.data or config["data"]
         data = common.load_dataset(name, root, size=config["image_shape"][-1])
         if data.train.shape[1:] != config["image_shape"]:
-            raise common.Error(f"{run} was not trained on images of the shape of {name}'s")
+            shapes = f"{config['image_shape']}, those of {name} are {tuple(data.train.shape[1:])}"
+            raise common.Error(f"{run} needs images of the shape {shapes}")
         if not all(0 <= i < len(data.train) for i in options.images):
             raise common.Error(f"--images: {name} has {len(data.train)} training images, counted from 0")
         ends = data.train[options.images].to(device) / 255
@@ -142,7 +144,7 @@ def main(argv=None):
             pictures["manifold.png"] = (decode(manifold().to(device)), 20)
 
     run_folder = run if run.is_dir() else run.parent
-    frames = training_frames(run_folder, common.load_checkpoint(run).get("epoch", 0))
+    frames = training_frames(run_folder)
 
     # nothing above wrote a file, so that what is refused leaves the earlier pictures as they were
     folder = options.out or run_folder

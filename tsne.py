@@ -58,7 +58,7 @@ def parse_options(argv):
     parser.add_argument("--dataset", choices=[*common.SETS, "digits"], help="the images (default: the run's)")
     parser.add_argument("--data", help="folder of the data sets (default: the run's)")
     parser.add_argument("--out", type=Path, help="folder to write to (default: the run's)")
-    parser.add_argument("--seed", type=int, default=0, help="of all random numbers (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: auto, a GPU if any)")
     options = parser.parse_args(argv)
     if options.run is None:
@@ -81,7 +81,8 @@ def main(argv=None):
     name, root = options.dataset or config["dataset"], options.data or config["data"]
     data = common.load_dataset(name, root, size=config["image_shape"][-1])
     if data.test.shape[1:] != config["image_shape"]:
-        raise common.Error(f"{options.run} was not trained on images of the shape of {name}'s")
+        shapes = f"{config['image_shape']}, those of {name} are {tuple(data.test.shape[1:])}"
+        raise common.Error(f"{options.run} needs images of the shape {shapes}")
 
     # codes of all test images, and which of them are drawn
     torch.manual_seed(options.seed)
@@ -95,19 +96,19 @@ def main(argv=None):
     labels = data.test_labels[chosen].numpy()
     if codes.shape[1] == 1:
         raise common.Error("codes of one dimension are not drawn: train with --latent-dim 2 or more")
-    if len(codes) > 1 and (codes == codes[0]).all():
-        raise common.Error(f"all codes are equal: the encoder of {options.run} has collapsed")
+    if (codes == codes[0]).all():
+        raise common.Error(f"all codes are equal, there is nothing to map: has the encoder of {options.run} collapsed?")
 
     # the map: two dimensions as they are, more of them through t-SNE
     text = f"1-nearest-neighbour accuracy {nearest_neighbour_accuracy(codes, labels):.1%} of the codes"
-    if codes.shape[1] == 2:
-        figure = draw(codes, labels, data.classes, f"{options.codes} of {len(codes)} test images\n{text}")
-        figure.axes[0].set(xlabel="dimension 1", ylabel="dimension 2")
-    else:
+    points = codes
+    axes = {"xlabel": "dimension 1", "ylabel": "dimension 2"}
+    if codes.shape[1] > 2:
         points = TSNE(2, perplexity=options.perplexity, random_state=options.seed).fit_transform(codes)
         text += f", {nearest_neighbour_accuracy(points, labels):.1%} on the map"
-        figure = draw(points, labels, data.classes, f"{options.codes} of {len(codes)} test images\n{text}")
-        figure.axes[0].set(xticks=[], yticks=[])  # they mean nothing, only which points are close
+        axes = {"xticks": [], "yticks": []}  # they mean nothing, only which points are close
+    figure = draw(points, labels, data.classes, f"{options.codes} of {len(codes)} test images\n{text}")
+    figure.axes[0].set(**axes)
 
     folder = options.out or (options.run if options.run.is_dir() else options.run.parent)
     folder.mkdir(parents=True, exist_ok=True)

@@ -218,7 +218,7 @@ def parse_options(argv):
     parser.add_argument("--epochs", type=common.count, default=150, help="passes over the images (default: 150)")
     parser.add_argument("--batch-size", type=common.count, help="images per step (default: 1024; 64 on digits)")
     parser.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate (default: 0.001)")
-    parser.add_argument("--seed", type=int, default=0, help="of all random numbers (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
     # the images
     parser.add_argument("--dataset", choices=[*common.SETS, "digits"], help="images (default: mnist, or else digits)")
     parser.add_argument("--data", default="data", help="folder of the data sets (default: data)")
@@ -246,7 +246,7 @@ def parse_options(argv):
         parser.set_defaults(**checkpoint["config"])
         options = parser.parse_args(argv)  # the run's own, but for what was typed
     if not options.beta >= 0:  # or nan
-        parser.error("--beta is below 0")
+        parser.error("--beta must be 0 or more")
     return options, checkpoint
 
 
@@ -389,15 +389,16 @@ def main(argv=None):
                 "val/reconstruction_loss": val_reconstruction, "val/kl_loss": val_kl, "val/loss": val_loss,
             }
             common.check_finite({**row, **pictures})
-            rows.append(row)
+            new_rows = [*rows, row]
 
             # the files of this epoch, and then the checkpoint
-            common.save_epoch(folder, rows, pictures, board)
+            common.save_epoch(folder, new_rows, pictures, board)
             common.save_checkpoint(folder / "checkpoint.pt", {
                 "model": "vae", "config": vars(options), "image_shape": image_shape,
                 "state_dict": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "epoch": epoch, "metrics": rows,
+                "epoch": epoch, "metrics": new_rows,
             })
+            rows = new_rows
 
             # one line on the console, with the time of the whole epoch
             seconds = time.perf_counter() - start

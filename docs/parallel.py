@@ -2,8 +2,7 @@
 
     torchrun --nproc_per_node 2 -m docs.parallel
 
-An Autoencoder needs DistributedDataParallel(model, find_unused_parameters=True), since its log_var layer has no
-gradient. A DCGAN needs both networks wrapped, with broadcast_buffers=False: D runs more than once before backward.
+An Autoencoder needs DistributedDataParallel(model, find_unused_parameters=True): its log_var layer has no gradient.
 """
 
 import os
