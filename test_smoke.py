@@ -411,7 +411,7 @@ def test_a_killed_run_resumes_to_the_same_bits(run, trained, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="killed"):
         patch.setattr(torch, "save", save_half)
         main([*words, "--out", "killed"])
-    assert saved("killed")["epoch"] == 1
+    assert saved("killed")["epoch"] == 1 and len(list(Path("killed").glob("checkpoint*"))) == 1
     Path("alone").mkdir()
     shutil.copy("killed/checkpoint.pt", "alone")
     main(["--resume", "killed"])
