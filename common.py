@@ -151,6 +151,7 @@ def save_curves(path, rows, panels, steps=None):
         for column, values in steps.items():
             axes[-1].plot(range(len(values))[-200:], values[-200:], label=column)
         axes[-1].set(title="the last 200 steps", xlabel="step")
+        axes[-1].locator_params("x", nbins=4)  # room for six digits
     for ax in axes:
         ax.grid(alpha=0.3)
         ax.legend()
