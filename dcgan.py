@@ -319,7 +319,7 @@ def main(argv=None):
                 z = torch.randn(len(x), options.latent_dim, device=device)
                 numbers = gan_step(generator, discriminator, optimizer_g, optimizer_d, x, z)
                 step_numbers.append(torch.stack(numbers))
-            epoch_steps = torch.stack(step_numbers).cpu()  # only here Python waits for the device
+            epoch_steps = torch.stack(step_numbers).cpu()  # until here Python did not wait for the device
             g_loss, d_loss, real_acc, fake_acc = epoch_steps.mean(0).tolist()
             speed = len(images) / (time.perf_counter() - start)  # images per second
 

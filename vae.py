@@ -369,7 +369,7 @@ def main(argv=None):
             for x in common.batches(train_images, options.batch_size, shuffle=True):  # floats in 0..1
                 losses = vae_step(model, optimizer, x.flatten(1), options.beta)
                 sums += torch.stack(losses)
-            reconstruction, kl = (sums / len(train_images)).tolist()  # only here Python waits for the device
+            reconstruction, kl = (sums / len(train_images)).tolist()  # until here Python did not wait for the device
             loss = reconstruction + options.beta * kl
             speed = len(train_images) / (time.perf_counter() - start)  # images per second
 
