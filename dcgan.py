@@ -1,7 +1,7 @@
 """Deep Convolutional GAN (Radford et al., 2015) on MNIST, in plain PyTorch.
 
 A generator G turns noise z ~ N(0, 1) into images, a discriminator D learns to tell them from real
-images x, and each is trained against the other. They minimise
+images x, and each is trained against the other. They minimize
 
     L_G = -mean log D(G(z))                                        (non-saturating)
     L_D = -1/2 mean [log D(x) + log(1 - D(G(z)))]
@@ -19,14 +19,14 @@ from torch import nn
 
 
 class Generator(nn.Module):
-    """Noise z (N, latent_dim) -> images (N, *img_shape), in 0..1; img_shape is (C, H, W) with H = W."""
+    """Noise z (N, latent_dim) -> images (N, *img_shape), in 0..1; img_shape is (C, H, W), H = W, a multiple of 4."""
 
     def __init__(self, latent_dim, img_shape):
         super().__init__()
         self.init_size = img_shape[1] // 4  # doubled twice below
         self.l1 = nn.Sequential(nn.Linear(latent_dim, 128 * self.init_size**2))
-        # The lab writes BatchNorm2d(n, 0.8), as much DCGAN code does. A momentum was probably meant, but the
-        # second argument is eps. It is kept, by its name, because the lab's trained weights depend on it.
+        # The lab writes BatchNorm2d(n, 0.8), as much DCGAN code does. The second argument is eps, though a momentum
+        # was probably meant; kept because the lab's trained weights depend on it.
         self.conv_blocks = nn.Sequential(
             nn.BatchNorm2d(128),
             nn.Upsample(scale_factor=2),  # 8x8 -> 16x16
@@ -47,10 +47,14 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images (N, *img_shape) -> the probability that each is real, (N, 1); H and W are multiples of 16."""
+    """Images (N, *img_shape) -> the probability that each is real, (N, 1); H = W, a multiple of 16.
+
+    Raises ValueError for images of another shape.
+    """
 
     def __init__(self, img_shape):
         super().__init__()
+        self.img_shape = tuple(img_shape)
 
         def block(in_channels, out_channels):
             return [
@@ -59,6 +63,7 @@ class Discriminator(nn.Module):
                 nn.Dropout2d(0.25),
             ]
 
+        # eps=0.8 is larger than the variances that it is added to, about 0.1: these norms center, and hardly scale.
         self.model = nn.Sequential(
             *block(img_shape[0], 16),  # no batch norm in the first block
             *block(16, 32),
@@ -72,6 +77,8 @@ class Discriminator(nn.Module):
         self.adv_layer = nn.Sequential(nn.Linear(128 * ds_size**2, 1), nn.Sigmoid())
 
     def forward(self, images):
+        if images.shape[1:] != self.img_shape:  # 28x28 would pass through the layers of 32x32
+            raise ValueError(f"the images are {tuple(images.shape[1:])}, this discriminator is for {self.img_shape}")
         h = self.model(images).flatten(1)
         return self.adv_layer(h)
 
@@ -88,176 +95,164 @@ def discriminator_loss(real_score, fake_score):
     return (real_loss + fake_loss) / 2
 
 
-def gan_step(generator, discriminator, optimizer_g, optimizer_d, images, z):
-    """One update of each network on real images (N, C, H, W) and noise z (N, latent_dim).
+def train_dcgan(generator, discriminator, optimizer_g, optimizer_d, batches, latent_dim):
+    """Train both networks for one epoch: on each batch an update of G, then one of D on the same fake images.
 
-    Returns g_loss, d_loss, real_acc and fake_acc, detached, on the device. Raises ValueError if the images
-    are not of the generator's shape, which the discriminator would not notice.
+    A batch is a pair, as a DataLoader gives it: images in 0..1, (N, C, H, W), and labels, which are not used.
+    Returns g_loss, d_loss, and the accuracies of D on real images (score > 0.5) and on fakes (score <= 0.5) at every
+    step: (steps, 4), on the CPU.
     """
-    fake_images = generator(z)
-    if images.shape[1:] != fake_images.shape[1:]:
-        raise ValueError(f"the images are {tuple(images.shape[1:])}, the generator's {tuple(fake_images.shape[1:])}")
+    device = next(generator.parameters()).device
+    steps = []
 
-    # (1) Update G: minimise -mean log D(G(z))
-    g_loss = generator_loss(discriminator(fake_images))
-    optimizer_g.zero_grad()
-    g_loss.backward()
-    optimizer_g.step()
+    generator.train()
+    discriminator.train()
+    for images, _ in batches:
+        x = images.to(device)
+        z = torch.randn(len(x), latent_dim, device=device)
+        fake_images = generator(z)
 
-    # (2) Update D: minimise -1/2 mean [log D(x) + log(1 - D(G(z)))]
-    real_score = discriminator(images)
-    fake_score = discriminator(fake_images.detach())  # detached: no gradient reaches the generator
-    d_loss = discriminator_loss(real_score, fake_score)
-    optimizer_d.zero_grad()  # also clears the gradients that (1) left in D
-    d_loss.backward()
-    optimizer_d.step()
+        # (1) Update G: minimize -mean log D(G(z))
+        g_loss = generator_loss(discriminator(fake_images))
+        optimizer_g.zero_grad()
+        g_loss.backward()
+        optimizer_g.step()
 
-    real_acc = (real_score > 0.5).float().mean()
-    fake_acc = (fake_score <= 0.5).float().mean()
-    return g_loss.detach(), d_loss.detach(), real_acc, fake_acc
+        # (2) Update D: minimize -1/2 mean [log D(x) + log(1 - D(G(z)))]. The fakes are detached: G is held fixed
+        # here, and g_loss.backward() has freed the graph that leads back to it.
+        real_score = discriminator(x)
+        fake_score = discriminator(fake_images.detach())
+        d_loss = discriminator_loss(real_score, fake_score)
+        optimizer_d.zero_grad()  # also clears the gradients that (1) left in D
+        d_loss.backward()
+        optimizer_d.step()
+
+        real_acc = (real_score > 0.5).float().mean()
+        fake_acc = (fake_score <= 0.5).float().mean()
+        steps.append(torch.stack([g_loss.detach(), d_loss.detach(), real_acc, fake_acc]))
+
+    return torch.stack(steps).cpu()  # the first wait for the GPU in this epoch
 
 
 # === Script ===
-# Options, images, speed and files. None of it is needed in a notebook.
+# Options, images, speed, pictures and files. None of it is needed in a notebook.
 
 import math
 import shlex
-import shutil
+import sys
 import time
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser
 from datetime import timedelta
+from os.path import expanduser
 from pathlib import Path
 
 import common
 
+SCRIPT = Path(__file__).name  # a copy, my_dcgan.py, names its runs after itself
 
-class UpsampleConv2d(nn.Conv2d):
-    """nn.Upsample(scale_factor=2) and a 3x3 convolution in one: (N, C, H, W) -> (N, D, 2H, 2W).
 
-    Upsampling repeats each pixel in a 2x2 block, so at most four of the nine pixels under a 3x3 window differ.
-    With the weights that meet the same pixel added up, as in one dimension (a, b, c) to (a, a + b, b + c, c), what
-    remains is a transposed convolution of stride 2 with a 4x4 kernel: the same numbers for 16/36 of the
-    multiplications. The parameters stay those of the 3x3 one.
+def upsample_conv(x, conv):
+    """conv(nn.Upsample(scale_factor=2)(x)) for a 3x3 convolution, zero padding of 1: (N, C, H, W) -> (N, D, 2H, 2W).
+
+    Upsampling repeats each pixel in a 2x2 block, so the nine pixels under a 3x3 window show at most four different
+    values. With the weights that meet the same value added up, as in one dimension (a, b, c) to (a, a + b, b + c, c),
+    what remains is a transposed convolution of stride 2 with a 4x4 kernel: 16/36 of the multiplications.
     """
-
-    def __init__(self, in_channels, out_channels):
-        super().__init__(in_channels, out_channels, 3, padding=1)
-
-    def forward(self, x):
-        kernel = self.weight.flip(2, 3)  # (D, C, 3, 3); the transposed convolution mirrors it back
-        kernel = F.pad(kernel, (0, 0, 1, 0)) + F.pad(kernel, (0, 0, 0, 1))  # a pixel fills two rows: (D, C, 4, 3)
-        kernel = F.pad(kernel, (1, 0)) + F.pad(kernel, (0, 1))  # and two columns: (D, C, 4, 4)
-        kernel = kernel.transpose(0, 1).contiguous()  # some releases of MPS read strided weights wrongly
-        if x.device.type == "cpu":
-            x = x.contiguous(memory_format=torch.channels_last)  # all channels of a pixel together: faster
-        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
+    kernel = conv.weight.flip(2, 3)  # (D, C, 3, 3); the transposed convolution mirrors it back
+    kernel = F.pad(kernel, (0, 0, 1, 0)) + F.pad(kernel, (0, 0, 0, 1))  # a pixel fills two rows: (D, C, 4, 3)
+    kernel = F.pad(kernel, (1, 0)) + F.pad(kernel, (0, 1))  # and two columns: (D, C, 4, 4)
+    kernel = kernel.transpose(0, 1).contiguous()  # MPS had errors with strided weights
+    if x.device.type == "cpu":
+        x = x.contiguous(memory_format=torch.channels_last)  # all channels of a pixel together: faster
+    return F.conv_transpose2d(x, kernel, conv.bias, stride=2, padding=1)
 
 
-def fuse_upsampling(generator):
-    """Replace, in place, each nn.Upsample and the nn.Conv2d after it by one UpsampleConv2d with its parameters."""
-    layers = generator.conv_blocks
-    for i, layer in enumerate(layers):
-        if isinstance(layer, nn.Upsample):
-            conv = layers[i + 1]
-            with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
-                fused = UpsampleConv2d(conv.in_channels, conv.out_channels)
-            fused.weight = conv.weight
-            fused.bias = conv.bias
-            layers[i] = nn.Identity()
-            layers[i + 1] = fused
+class FastGenerator(Generator):
+    """The same layers, weights and images; each upsampling is computed together with the convolution after it."""
+
+    def forward(self, z):
+        h = self.l1(z).view(-1, 128, self.init_size, self.init_size)
+        layers = iter(self.conv_blocks)  # an iterator, so that next(layers) takes the convolution out of the loop
+        for layer in layers:
+            if isinstance(layer, nn.Upsample) and layer.mode == "nearest":
+                h = upsample_conv(h, conv=next(layers))
+            else:
+                h = layer(h)
+        return h
 
 
 def parse_options(argv):
-    """The options and, with --resume, the checkpoint of that run, whose options become the defaults."""
-    parser = ArgumentParser("dcgan.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    """The options and, with --resume, the checkpoint of that run: its options, overridden by those typed now."""
+    parser = ArgumentParser(SCRIPT, description=__doc__, formatter_class=common.Help)
     # training
-    parser.add_argument("--epochs", type=common.count, default=150, help="passes over the images (default: 150)")
-    parser.add_argument("--batch-size", type=common.count, default=64, help="images per step (default: 64)")
-    parser.add_argument("--latent-dim", type=common.count, default=100, help="dimensions of z (default: 100)")
-    parser.add_argument("--lr", type=float, default=2e-4, help="Adam's learning rate (default: 0.0002)")
-    parser.add_argument("--b1", type=float, default=0.5, help="Adam's first beta (default: 0.5)")
-    parser.add_argument("--b2", type=float, default=0.999, help="Adam's second beta (default: 0.999)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
-    # images
-    parser.add_argument("--dataset", choices=[*common.SETS, "digits"], help="images (default: mnist, or else digits)")
-    parser.add_argument("--data", default="data", help="folder of the data sets (default: data)")
-    parser.add_argument("--subset", type=common.count, help="train on the first SUBSET images (default: all)")
-    # device
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: auto, a GPU if any)")
-    parser.add_argument(
-        "--bf16",
-        action="store_true",
-        help="matrix products in bfloat16; a CPU without instructions for it emulates it and is many times slower"
-        " (default: float32, with TF32 products on CUDA)",
-    )
-    # files
+    parser.add_argument("--epochs", type=int, default=150, help="passes over the images")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per step")
+    parser.add_argument("--latent-dim", type=int, default=100, help="dimensions of z")
+    parser.add_argument("--lr", type=float, default=2e-4, help="Adam's learning rate")
+    parser.add_argument("--b1", type=float, default=0.5, help="Adam's first beta")
+    parser.add_argument("--b2", type=float, default=0.999, help="Adam's second beta")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers")
+    # the images
+    parser.add_argument("--dataset", choices=[*common.SETS, "digits"], help="mnist; digits if it cannot be downloaded")
+    parser.add_argument("--data", type=expanduser, default="data", help="folder of the data sets")
+    parser.add_argument("--subset", metavar="N", type=int, help="train on the first N images")
+    # the device
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ...; auto is a GPU if there is one")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16; slow on CPUs without bfloat16 instructions")
+    # the run's files
     folder = parser.add_mutually_exclusive_group()
-    folder.add_argument("--out", help="a new folder for the run (default: one under runs/)")
-    folder.add_argument("--resume", metavar="RUN", type=common.run_folder, help="go on with a run (default: a new one)")
-    parser.add_argument("--tensorboard", action="store_true", help="log for TensorBoard too (default: no)")
+    folder.add_argument("--out", type=expanduser, help="a new folder for the run (default: one in runs/)")
+    folder.add_argument("--resume", metavar="RUN", type=common.run_folder, help="continue a run")
+    parser.add_argument("--tensorboard", action="store_true", help="log for TensorBoard too")
 
     options = parser.parse_args(argv)
     checkpoint = None
     if options.resume:
         checkpoint = common.load_checkpoint(options.resume)
-        if checkpoint.get("model") != "dcgan" or "optimizer_g" not in checkpoint:
-            raise common.Error(f"{options.resume} is not a run of dcgan.py that can be resumed")
+        if checkpoint.get("script") != SCRIPT:
+            sys.exit(f"{options.resume} is not a run of {SCRIPT} but of {checkpoint.get('script')}")
         parser.set_defaults(**checkpoint["config"])
-        options = parser.parse_args(argv)  # the run's own, but for what was typed
+        options = parser.parse_args(argv)
     return options, checkpoint
 
 
 def run_name(options):
-    """dcgan, with what is not the default: dcgan-cifar100, dcgan-z2, ..."""
-    name = "dcgan"
+    """The script; data set, latent dimension and subset if not the default: dcgan, dcgan-cifar100-z2, ..."""
+    name = Path(__file__).stem
     if options.dataset != "mnist":
         name += f"-{options.dataset}"
     if options.latent_dim != 100:
         name += f"-z{options.latent_dim}"
+    if options.subset:
+        name += f"-subset{options.subset}"
     return name
 
 
-def build(image_shape, latent_dim):
-    """Both networks, the generator with fused upsampling."""
-    generator = Generator(latent_dim, image_shape)
-    fuse_upsampling(generator)
-    return nn.ModuleDict({"generator": generator, "discriminator": Discriminator(image_shape)})
-
-
 def load(path, device="cpu"):
-    """The networks of a run or a checkpoint, in eval mode, and its config, with "image_shape" in it.
+    """The generator of a run or of a file with weights, in eval mode, and its config, with latent_dim and image_shape.
 
-    They are the "generator" and the "discriminator" of one nn.ModuleDict; the latter is missing where only a
-    generator's weights were saved. Raises common.Error.
+    The sizes are read off the weights, so that a generator alone opens too. Exits if there is none.
     """
     checkpoint = common.load_checkpoint(path)
-    weights = {
-        "generator": common.find_weights(checkpoint, "l1.0.weight"),
-        "discriminator": common.find_weights(checkpoint, "adv_layer.0.weight"),
-    }
-    if "conv_blocks.9.bias" not in weights["generator"]:
-        names = list(common.tensors(checkpoint))[:10]
-        raise common.Error(f"the weights in {path} are not recognised: {names}")
-    features, latent_dim = weights["generator"]["l1.0.weight"].shape
-    channels = len(weights["generator"]["conv_blocks.9.bias"])
+    weights = common.find_weights(checkpoint, "l1.0.weight")
+    if "conv_blocks.9.bias" not in weights:
+        sys.exit(f"{path} holds {common.contents(checkpoint)}, neither a generator nor a VAE")
+    if checkpoint.get("script", SCRIPT) != SCRIPT:
+        print(f"warning: {path} is of {checkpoint['script']}, opened with the layers of {SCRIPT}", file=sys.stderr)
+    features, latent_dim = weights["l1.0.weight"].shape
+    channels = len(weights["conv_blocks.9.bias"])
     side = 4 * math.isqrt(features // 128)
-    config = checkpoint["config"] if checkpoint.get("model") == "dcgan" else {}
-    config = {**config, "latent_dim": latent_dim, "image_shape": (channels, side, side)}
-
-    model = build(config["image_shape"], latent_dim).to(device)
-    if not weights["discriminator"]:
-        del model["discriminator"]
-    for name, network in model.items():
-        common.load_weights(network, weights[name], path)
-    return model.eval(), config
+    image_shape = (channels, side, side)
+    generator = FastGenerator(latent_dim, image_shape).to(device)
+    generator.load_state_dict(weights)
+    return generator.eval(), {"latent_dim": latent_dim, "image_shape": image_shape, "epoch": checkpoint.get("epoch")}
 
 
 CURVES = {
-    "binary cross-entropy, nats": ["generator/loss", "discriminator/loss"],
-    "accuracy of the discriminator": [
-        "discriminator/real_acc", "discriminator/fake_acc", "discriminator/overall_acc",
-    ],
+    "binary cross-entropy, nats": {"generator": "generator/loss", "discriminator": "discriminator/loss"},
+    "accuracy of the discriminator": {"real": "discriminator/real_acc", "fake": "discriminator/fake_acc"},
 }
+LEVELS = [math.log(2), 0.5, math.log(2)]  # of the three panels, for a discriminator that cannot tell: D = 1/2
 
 
 def main(argv=None):
@@ -266,17 +261,18 @@ def main(argv=None):
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     torch.manual_seed(options.seed)
 
-    # the images, on the device once: uint8 (N, C, 32, 32)
+    # the images and their labels, on the device once
     data = common.load_dataset(options.dataset, options.data, size=32)
     images = data.train[: options.subset].to(device)
-    image_shape = tuple(images.shape[1:])
-    options.dataset = data.name  # known only now, and kept in the checkpoint
+    labels = data.train_labels[: options.subset].to(device)
+    options.dataset = data.name
+    options.image_shape = tuple(data.train.shape[1:])
 
     # both networks, their optimizers, and the codes that are drawn after every epoch
-    model = build(image_shape, options.latent_dim).to(device)
-    generator = model["generator"]
-    discriminator = model["discriminator"]
-    validation_z = torch.randn(50, options.latent_dim).to(device)
+    generator = FastGenerator(options.latent_dim, options.image_shape).to(device)
+    discriminator = Discriminator(options.image_shape).to(device)
+    networks = nn.ModuleDict({"generator": generator, "discriminator": discriminator})
+    fixed_z = torch.randn(50, options.latent_dim).to(device)
     betas = (options.b1, options.b2)
     optimizer_g = torch.optim.Adam(generator.parameters(), lr=options.lr, betas=betas, fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=options.lr, betas=betas, fused=True)
@@ -284,85 +280,61 @@ def main(argv=None):
         common.use_bf16(generator, [generator.conv_blocks[-2]])
         common.use_bf16(discriminator, [discriminator.adv_layer[0]])
 
-    # a new run, or one to go on with
+    # a new run, or one to continue
     if checkpoint:
         folder = Path(options.resume)
         rows = checkpoint["metrics"]
         steps = checkpoint["steps"]
-        common.load_weights(model, checkpoint["state_dict"], folder)
+        networks.load_state_dict(checkpoint["state_dict"])
         common.load_adam(optimizer_g, checkpoint["optimizer_g"])
         common.load_adam(optimizer_d, checkpoint["optimizer_d"])
-        resume_command = "run this command again"
     else:
         folder = common.new_folder(options.out, run_name(options))
         rows = []
-        steps = torch.empty(0, 4)  # g_loss, d_loss, real_acc and fake_acc of every step
-        resume_command = f"python dcgan.py --resume {shlex.quote(folder.as_posix())}"
+    board = common.open_board(folder, rows) if options.tensorboard else None
+    parameters = sum(parameter.numel() for parameter in networks.parameters())
+    print(f"{folder}: {len(images):,} images of {data.name}, {parameters:,} parameters on {device}", flush=True)
 
     try:
-        board = common.open_board(folder, rows) if options.tensorboard else None
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        precision = "bfloat16" if options.bf16 else "float32"
-        print(f"{folder}: {len(rows)} of {options.epochs} epochs are done")
-        print(f"{len(images):,} images of {data.name}; {parameters:,} parameters on {device}, in {precision}")
-        print(f"if interrupted: {resume_command}")
-        print("    epoch   seconds  time left    G loss    D loss  real acc  fake acc", flush=True)
-
         for epoch in range(len(rows) + 1, options.epochs + 1):
             start = time.perf_counter()
             torch.manual_seed(10_000 * options.seed + epoch)  # a resumed run draws the same numbers
 
-            # one pass over the images
-            model.train()
-            step_numbers = []
-            for x in common.batches(images, options.batch_size, shuffle=True):  # floats in 0..1
-                z = torch.randn(len(x), options.latent_dim, device=device)
-                numbers = gan_step(generator, discriminator, optimizer_g, optimizer_d, x, z)
-                step_numbers.append(torch.stack(numbers))
-            epoch_steps = torch.stack(step_numbers).cpu()  # until here Python did not wait for the device
-            g_loss, d_loss, real_acc, fake_acc = epoch_steps.mean(0).tolist()
-            speed = len(images) / (time.perf_counter() - start)  # images per second
+            batches = common.batches(images, labels, options.batch_size, shuffle=True)
+            steps = train_dcgan(generator, discriminator, optimizer_g, optimizer_d, batches, options.latent_dim)
+            g_loss, d_loss, real_acc, fake_acc = steps.mean(0).tolist()
 
-            # a picture of the same codes after every epoch
-            model.eval()
+            generator.eval()
             with torch.no_grad():
-                samples = generator(validation_z)
+                pictures = {"samples": generator(fixed_z)}
 
-            # the row of metrics
+            seconds = time.perf_counter() - start
             row = {
-                "epoch": epoch, "seconds": round(time.perf_counter() - start, 3), "images_per_second": round(speed),
+                "epoch": epoch, "seconds": round(seconds, 3),
                 "generator/loss": g_loss, "discriminator/loss": d_loss,
                 "discriminator/real_acc": real_acc, "discriminator/fake_acc": fake_acc,
                 "discriminator/overall_acc": (real_acc + fake_acc) / 2,
             }
-            common.check_finite({**row, "samples": samples})
-            new_rows = [*rows, row]
-            new_steps = torch.cat([steps, epoch_steps])
-
-            # the files of this epoch, and then the checkpoint
-            common.save_epoch(folder, new_rows, {"samples": samples}, board)
-            common.save_checkpoint(folder / "checkpoint.pt", {
-                "model": "dcgan", "config": vars(options), "image_shape": image_shape,
-                "state_dict": model.state_dict(),
+            common.save_epoch(folder, [*rows, row], pictures, board, {
+                "model": "dcgan", "script": SCRIPT, "config": vars(options), "steps": steps,
+                "state_dict": networks.state_dict(),
                 "optimizer_g": optimizer_g.state_dict(), "optimizer_d": optimizer_d.state_dict(),
-                "epoch": epoch, "metrics": new_rows, "steps": new_steps,
             })
-            rows = new_rows
-            steps = new_steps
+            rows.append(row)  # after save_epoch: an epoch counts when it is saved
 
-            # one line on the console, with the time of the whole epoch
-            seconds = time.perf_counter() - start
             left = timedelta(seconds=round(seconds * (options.epochs - epoch)))
-            line = f"{epoch:>5}/{options.epochs:<3} {seconds:9.1f} {left!s:>10} {g_loss:9.3f} {d_loss:9.3f}"
-            print(f"{line} {real_acc:9.1%} {fake_acc:9.1%}", flush=True)
-    finally:  # after the last epoch, Ctrl-C or an error
+            line = f"{epoch:>3}/{options.epochs}: G {g_loss:.3f}, D {d_loss:.3f}"
+            print(f"{line}, real {real_acc:.1%}, fake {fake_acc:.1%}, {seconds:.3g} s, {left} left", flush=True)
+    except KeyboardInterrupt:
+        if not rows:
+            sys.exit("interrupted before the first epoch was saved")
+        sys.exit(f"interrupted; to continue: python {SCRIPT} --resume {shlex.quote(folder.as_posix())}")
+    finally:
         if rows:
-            last_steps = {"generator/loss": steps[:, 0], "discriminator/loss": steps[:, 1]}
-            common.save_curves(folder / "losses.png", rows, CURVES, last_steps)
-        elif not options.resume:  # a new run that finished no epoch: its name is free again
-            shutil.rmtree(folder, ignore_errors=True)
+            last_steps = {"generator": steps[:, 0], "discriminator": steps[:, 1]}
+            common.save_curves(folder / "losses.png", rows, CURVES, last_steps, LEVELS)
     print(f"next: python sample.py {shlex.quote(folder.as_posix())}")
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    main()

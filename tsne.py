@@ -1,90 +1,95 @@
-"""t-SNE (van der Maaten and Hinton, 2008) of a VAE's codes of the test images, coloured by class.
+"""t-SNE (van der Maaten and Hinton, 2008) of a VAE's codes of the test images, colored by class.
 
-Codes of two dimensions are drawn as they are. Without a run it takes the newest runs/vae*. It also prints the accuracy
-of the nearest neighbour (how often the closest other code is of the same class) and how many dimensions the VAE uses.
+Codes of two dimensions are drawn as they are. Without a run it takes the newest VAE in runs/. It also prints the
+accuracy of the nearest neighbor (how often the closest other code is of the same class) and how many dimensions of z
+the VAE uses.
 
     python tsne.py                                       # the means, as in the lab
     python tsne.py runs/vae-beta1 --codes std            # the standard deviations instead
     python tsne.py runs/vae-beta1 --codes pixels         # the images themselves
 """
 
-import os
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+import sys
+from argparse import ArgumentParser
+from os.path import expanduser
 from pathlib import Path
 
+import numpy as np
 import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from sklearn.manifold import TSNE
+from sklearn.neighbors import NearestNeighbors
 
 import common
 import vae
 
+TITLES = {
+    "mean": "encoder means",
+    "sample": "codes sampled from N(mean, std^2)",
+    "std": "encoder standard deviations",
+    "pixels": "pixels",
+}
+
 
 def dimensions_in_use(mean, log_var, threshold=0.01):
-    """How many of the latent_dim columns have a mean KL divergence above the threshold, in nats per image."""
-    kl = -0.5 * (1 + log_var - mean**2 - log_var.exp()).mean(0)
-    return (kl > threshold).sum().item()
+    """How many dimensions of z have a mean KL divergence above the threshold, in nats per image.
+
+    mean and log_var are (N, latent_dim).
+    The others have collapsed to the prior. Burda et al. (2015) count active units by the variance of the mean instead.
+    """
+    kl = [vae.kl_divergence(mean[:, j], log_var[:, j]) / len(mean) for j in range(mean.shape[1])]
+    return (torch.stack(kl) > threshold).sum().item()
 
 
-def nearest_neighbour_accuracy(codes, labels):
-    """The share of codes (N, D) whose nearest other code has the same label (N,)."""
-    from sklearn.neighbors import NearestNeighbors
-
+def nearest_neighbor_accuracy(codes, labels):
+    """The share, in 0..1, of codes (N, D) whose nearest other code has the same label (N,); both are NumPy arrays."""
     nearest = NearestNeighbors(n_neighbors=1).fit(codes).kneighbors(return_distance=False)[:, 0]
     return (labels[nearest] == labels).mean()
 
 
 def draw(points, labels, classes, title):
-    """A matplotlib figure of points (N, 2), with a colour for each class; labels (N,) index classes."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
+    """A figure of points (N, 2) in a color for each class, whose name stands at their median; labels index classes."""
     figure = Figure(figsize=(8, 6), layout="constrained")
-    axes = figure.subplots()
-    colours = colormaps["tab10" if len(classes) <= 10 else "gist_rainbow"].resampled(len(classes))
+    ax = figure.subplots()
+    few = len(classes) <= 10
+    colors = colormaps["tab10" if few else "gist_rainbow"].resampled(len(classes))
     for label, name in enumerate(classes):
-        axes.scatter(*points[labels == label].T, s=12, color=colours(label), label=name)
-    axes.set(title=title, aspect="equal")
-    columns = 1 + (len(classes) - 1) // 25
-    figure.legend(loc="outside right upper", fontsize="small" if columns == 1 else 5, ncols=columns)
+        members = points[labels == label]
+        ax.scatter(members[:, 0], members[:, 1], s=12, color=colors(label), label=name)
+        if len(members):
+            box = {"boxstyle": "round", "facecolor": "white", "edgecolor": colors(label), "alpha": 0.8}
+            ax.text(*np.median(members, axis=0), name, ha="center", fontsize=11 if few else 5, bbox=box)
+    ax.set(title=title, aspect="equal")
+    figure.legend(loc="outside right upper", fontsize="small" if few else 5, ncols=1 + len(classes) // 26)
     return figure
 
 
 def parse_options(argv):
-    parser = ArgumentParser("tsne.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    codes = ["mean", "sample", "std", "pixels"]
-    parser.add_argument("run", nargs="?", type=Path, help="run or file with weights (default: the newest runs/vae*)")
-    parser.add_argument("--codes", choices=codes, default="mean", help="what to map of each image (default: mean)")
-    parser.add_argument("--n", type=common.count, default=1000, help="test images on the map (default: 1000)")
-    parser.add_argument("--perplexity", type=float, default=30.0, help="t-SNE's perplexity, below --n (default: 30)")
+    parser = ArgumentParser("tsne.py", description=__doc__, formatter_class=common.Help)
+    parser.add_argument("run", nargs="?", help="run or file with weights (default: the newest VAE in runs/)")
+    parser.add_argument("--codes", choices=TITLES, default="mean", help="what to map of each image")
+    parser.add_argument("--n", type=int, default=1000, help="test images on the map")
+    parser.add_argument("--perplexity", type=float, default=30.0, help="t-SNE's perplexity, below --n")
     parser.add_argument("--dataset", choices=[*common.SETS, "digits"], help="the images (default: the run's)")
-    parser.add_argument("--data", help="folder of the data sets (default: the run's)")
-    parser.add_argument("--out", type=Path, help="folder to write to (default: the run's)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: auto, a GPU if any)")
-    options = parser.parse_args(argv)
-    if options.run is None:
-        newest = max(Path("runs").glob("vae*/checkpoint.pt"), key=os.path.getmtime, default=None)
-        if newest is None:
-            raise common.Error("there is no VAE in runs/: train one first, or name one")
-        options.run = newest.parent
-    return options
+    parser.add_argument("--data", type=expanduser, help="folder of the data sets (default: the run's)")
+    parser.add_argument("--out", type=expanduser, help="folder to write to (default: the run's)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ...; auto is a GPU if there is one")
+    return parser.parse_args(argv)
 
 
 @torch.inference_mode()
 def main(argv=None):
-    from sklearn.manifold import TSNE
-
     options = parse_options(argv)
     device = common.pick_device(options.device)
-    model, config = vae.load(options.run, device)
+    run = Path(options.run) if options.run is not None else common.newest_run("*vae*")
+    model, config = vae.load(run, device)
     if config["autoencoder"] and options.codes in ("sample", "std"):
-        raise common.Error(f"--codes {options.codes}: an autoencoder has no variance; use mean or pixels")
-    name, root = options.dataset or config["dataset"], options.data or config["data"]
-    data = common.load_dataset(name, root, size=config["image_shape"][-1])
-    if data.test.shape[1:] != config["image_shape"]:
-        shapes = f"{config['image_shape']}, those of {name} are {tuple(data.test.shape[1:])}"
-        raise common.Error(f"{options.run} needs images of the shape {shapes}")
+        sys.exit(f"--codes {options.codes}: an autoencoder has no variance; use mean or pixels")
+    data = common.load_run_images(config, options)
 
-    # codes of all test images, and which of them are drawn
+    # the codes of all test images, and those to map
     torch.manual_seed(options.seed)
     chosen = torch.randperm(len(data.test))[: options.n]  # without replacement
     x = data.test.to(device).flatten(1) / 255
@@ -95,22 +100,22 @@ def main(argv=None):
     codes = codes.cpu()[chosen].numpy()
     labels = data.test_labels[chosen].numpy()
     if codes.shape[1] == 1:
-        raise common.Error("codes of one dimension are not drawn: train with --latent-dim 2 or more")
+        sys.exit("codes of one dimension are not drawn: train with --latent-dim 2 or more")
     if (codes == codes[0]).all():
-        raise common.Error(f"all codes are equal, there is nothing to map: has the encoder of {options.run} collapsed?")
+        sys.exit(f"all codes are equal, there is nothing to map: has the encoder of {run} collapsed?")
 
-    # the map: two dimensions as they are, more of them through t-SNE
-    text = f"1-nearest-neighbour accuracy {nearest_neighbour_accuracy(codes, labels):.1%} of the codes"
+    # the map: codes of two dimensions as they are, others through t-SNE
+    text = f"1-nearest-neighbor accuracy {nearest_neighbor_accuracy(codes, labels):.1%} of the codes"
     points = codes
-    axes = {"xlabel": "dimension 1", "ylabel": "dimension 2"}
+    settings = {"xlabel": "dimension 1", "ylabel": "dimension 2"}
     if codes.shape[1] > 2:
         points = TSNE(2, perplexity=options.perplexity, random_state=options.seed).fit_transform(codes)
-        text += f", {nearest_neighbour_accuracy(points, labels):.1%} on the map"
-        axes = {"xticks": [], "yticks": []}  # they mean nothing, only which points are close
-    figure = draw(points, labels, data.classes, f"{options.codes} of {len(codes)} test images\n{text}")
-    figure.axes[0].set(**axes)
+        text += f", {nearest_neighbor_accuracy(points, labels):.1%} on the map"
+        settings = {"xticks": [], "yticks": []}  # the axes of a t-SNE map have no meaning, only closeness does
+    figure = draw(points, labels, data.classes, f"{TITLES[options.codes]} of {len(codes):,} test images\n{text}")
+    figure.axes[0].set(**settings)
 
-    folder = options.out or (options.run if options.run.is_dir() else options.run.parent)
+    folder = Path(options.out or (run if run.is_dir() else run.parent))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"tsne_{options.codes}.png"
     figure.savefig(path, dpi=150)
@@ -122,4 +127,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    main()

@@ -2,6 +2,7 @@
 
     torchrun --nproc_per_node 2 -m docs.parallel
 
+Ten epochs at beta 1; after each the weights replace vae-parallel.pt in the current folder, which sample.py opens.
 An Autoencoder needs DistributedDataParallel(model, find_unused_parameters=True): its log_var layer has no gradient.
 """
 
@@ -13,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 from torchvision import datasets, transforms
 
-from vae import VAE, Decoder, Encoder, vae_step
+from vae import VAE, Decoder, Encoder, train_vae
 
 cuda = torch.cuda.is_available()
 device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
@@ -30,16 +31,16 @@ sampler = DistributedSampler(train_set)  # each process gets its share of the im
 loader = DataLoader(train_set, batch_size=1024 // dist.get_world_size(), sampler=sampler)
 
 model = VAE(Encoder(784, 512, 128), Decoder(128, 512, 784)).to(device)
-parallel = DistributedDataParallel(model)  # every process starts with the weights of rank 0
+# Every process starts with the weights of rank 0. Gradients are means over the processes, not sums, so they are smaller
+# than those of one process; Adam's update does not depend on their scale.
+parallel = DistributedDataParallel(model)
 optimizer = torch.optim.Adam(parallel.parameters(), lr=1e-3)
 torch.manual_seed(rank)  # each process draws its own epsilon
 for epoch in range(10):
     sampler.set_epoch(epoch)  # another shuffle every epoch
-    sums = torch.zeros(2, device=device)
-    for x, _ in loader:
-        sums += torch.stack(vae_step(parallel, optimizer, x.to(device).flatten(1), beta=1))
-    dist.all_reduce(sums)  # adds up those of all processes
-    reconstruction, kl = (sums / sampler.total_size).tolist()
+    losses = torch.tensor(train_vae(parallel, optimizer, loader, beta=1), device=device)
+    dist.all_reduce(losses)  # the sum over the processes; each has the mean of as many images
+    reconstruction, kl, _ = (losses / dist.get_world_size()).tolist()
     if rank == 0:
         print(f"epoch {epoch + 1}: {reconstruction:.1f} + {kl:.1f} nats per image")
         torch.save(model.state_dict(), "vae-parallel.pt")
