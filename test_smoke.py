@@ -46,15 +46,23 @@ TRAINED = {  # run: the script and the options of its command
 VAE, CONV, AUTOENCODER, DCGAN = TRAINED
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """The folder with the runs of TRAINED, made as from a notebook's shell, and RUN.txt, what each printed."""
+@pytest.fixture(scope="session", autouse=True)
+def trainings(request, tmp_path_factory):
+    """A folder, and the processes of TRAINED in it, started before the first test if any test needs them."""
     folder = tmp_path_factory.mktemp("trained")
-    environment = {**os.environ, "MPLBACKEND": "not_installed"}
+    environment = {**os.environ, "MPLBACKEND": "not_installed"}  # as a notebook's shell may have it
     options = {"cwd": folder, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = {}
-    for run, (script, *words) in TRAINED.items():
-        processes[run] = subprocess.Popen([sys.executable, HERE / f"{script}.py", *words], **options)
+    if any("trained" in test.fixturenames for test in request.session.items):
+        for run, (script, *words) in TRAINED.items():
+            processes[run] = subprocess.Popen([sys.executable, HERE / f"{script}.py", *words], **options)
+    return folder, processes
+
+
+@pytest.fixture(scope="session")
+def trained(trainings):
+    """The folder with the finished runs of TRAINED, and RUN.txt, what each printed; only read it."""
+    folder, processes = trainings
     for run, process in processes.items():
         printed, errors = process.communicate(timeout=300)
         assert (process.returncode, errors) == (0, "")
