@@ -365,6 +365,7 @@ def test_a_training_from_the_shell(run, trained):
     files = {path.relative_to(trained / run).as_posix() for path in Path(trained, run).rglob("*") if path.is_file()}
     assert files == {"checkpoint.pt", "metrics.csv", "losses.png"} | grids
     assert saved(trained / run)["epoch"] == len(metrics(trained / run)) == 3
+    assert saved(trained / run)["config"]["batch_size"] == (10 if run == DCGAN else 64)  # the default for few images
     first, *epochs, last = Path(trained, f"{run}.txt").read_text().splitlines()
     assert first.startswith(f"runs/{run}: {24 if run == DCGAN else 200} images of digits, ")
     assert [line.split(":")[0].strip() for line in epochs] == ["1/3", "2/3", "3/3"]
