@@ -328,8 +328,8 @@ def test_the_notebook_runs_from_top_to_bottom(monkeypatch, capsys):
         exec(re.sub(r"^(NUM_EPOCHS\w*) = \d+", r"\1 = 1", cell, flags=re.MULTILINE), notebook)
     checks = re.findall(r"yours (\S+), right ([\d.]+\d)", capsys.readouterr().out)
     assert len(checks) == 6 and all(yours == right for yours, right in checks)
-    torch.testing.assert_close(vae.load("vae.pt")[0].state_dict(), notebook["vae"].state_dict())
-    torch.testing.assert_close(dcgan.load("dcgan.pt")[0].state_dict(), notebook["generator"].state_dict())
+    torch.testing.assert_close(vae.load("my_vae.pt")[0].state_dict(), notebook["vae"].state_dict())
+    torch.testing.assert_close(dcgan.load("my_dcgan.pt")[0].state_dict(), notebook["generator"].state_dict())
 
 
 def test_a_student_fills_in_the_student_version(monkeypatch):
