@@ -63,8 +63,8 @@ class Discriminator(nn.Module):
                 nn.Dropout2d(0.25),
             ]
 
-        # eps=0.8 is larger than the variances that it is added to (about 0.1 after three epochs): these norms center, and
-        # hardly scale.
+        # eps=0.8 is larger than the variances that it is added to, about 0.1 after three epochs:
+        # these norms center, and hardly scale.
         self.model = nn.Sequential(
             *block(img_shape[0], 16),  # no batch norm in the first block
             *block(16, 32),
