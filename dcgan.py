@@ -25,8 +25,7 @@ class Generator(nn.Module):
         super().__init__()
         self.init_size = img_shape[1] // 4  # doubled twice below
         self.l1 = nn.Sequential(nn.Linear(latent_dim, 128 * self.init_size**2))
-        # The lab writes BatchNorm2d(n, 0.8), as much DCGAN code does. The second argument is eps, though a momentum
-        # was probably meant; kept because the lab's trained weights depend on it.
+        # eps=0.8: see Discriminator. It hardly matters here, where the variances become about 10.
         self.conv_blocks = nn.Sequential(
             nn.BatchNorm2d(128),
             nn.Upsample(scale_factor=2),  # 8x8 -> 16x16
@@ -63,8 +62,9 @@ class Discriminator(nn.Module):
                 nn.Dropout2d(0.25),
             ]
 
-        # eps=0.8 is larger than the variances that it is added to, about 0.1 after three epochs:
-        # these norms center, and hardly scale.
+        # The lab writes BatchNorm2d(n, 0.8), as many DCGAN implementations do. The second argument is eps, though a
+        # momentum was probably meant. It is larger than the variances that it is added to (about 0.1 after three
+        # epochs), so these norms center, and hardly scale. Kept because the lab's trained weights depend on it.
         self.model = nn.Sequential(
             *block(img_shape[0], 16),  # no batch norm in the first block
             *block(16, 32),
@@ -100,6 +100,7 @@ def train_dcgan(generator, discriminator, optimizer_g, optimizer_d, batches, lat
     """Train both networks for one epoch: on each batch an update of G, then one of D on the same fake images.
 
     A batch is a pair, as a DataLoader gives it: images in 0..1, (N, C, H, W), and labels, which are not used.
+    Random numbers are drawn in this order: z, then D's dropout for G(z), for x, and for G(z) again.
     Returns g_loss, d_loss, and the accuracies of D on real images (score > 0.5) and on fakes (score <= 0.5) at every
     step: (steps, 4), on the CPU.
     """
@@ -132,7 +133,7 @@ def train_dcgan(generator, discriminator, optimizer_g, optimizer_d, batches, lat
         fake_acc = (fake_score <= 0.5).float().mean()
         steps.append(torch.stack([g_loss.detach(), d_loss.detach(), real_acc, fake_acc]))
 
-    return torch.stack(steps).cpu()  # the first wait for the GPU in this epoch
+    return torch.stack(steps).cpu()  # the only synchronization of this epoch
 
 
 # === Script ===
@@ -142,7 +143,7 @@ import math
 import shlex
 import sys
 import time
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from datetime import timedelta
 from os.path import expanduser
 from pathlib import Path
@@ -150,18 +151,24 @@ from pathlib import Path
 import common
 
 SCRIPT = Path(__file__).name  # a copy, my_dcgan.py, names its runs after itself
+MAY_CHANGE = {"epochs", "lr", "data", "device", "bf16", "tensorboard", "out", "resume"}  # when a run is resumed
 
 
 def upsample_conv(x, conv):
     """conv(nn.Upsample(scale_factor=2)(x)) for a 3x3 convolution, zero padding of 1: (N, C, H, W) -> (N, D, 2H, 2W).
 
-    Upsampling repeats each pixel in a 2x2 block, so the nine pixels under a 3x3 window show at most four different
-    values. With the weights that meet the same value added up, as in one dimension (a, b, c) to (a, a + b, b + c, c),
-    what remains is a transposed convolution of stride 2 with a 4x4 kernel: 16/36 of the multiplications.
+    In one dimension, with pixels p, q, r, each repeated by the upsampling, and a kernel (a, b, c):
+
+        p p q q r r
+          a b c              left q:   a p + (b + c) q
+            a b c            right q:  (a + b) q + c r
+
+    So q is multiplied by c, b + c, a + b and a in the four results that it is part of. That is a transposed convolution
+    of stride 2, whose kernel has 4 entries, or 4x4 in two dimensions: 16/36 of the multiplications.
     """
-    kernel = conv.weight.flip(2, 3)  # (D, C, 3, 3); the transposed convolution mirrors it back
-    kernel = F.pad(kernel, (0, 0, 1, 0)) + F.pad(kernel, (0, 0, 0, 1))  # a pixel fills two rows: (D, C, 4, 3)
-    kernel = F.pad(kernel, (1, 0)) + F.pad(kernel, (0, 1))  # and two columns: (D, C, 4, 4)
+    kernel = conv.weight.flip(2, 3)  # (D, C, 3, 3), each row (c, b, a)
+    kernel = F.pad(kernel, (0, 0, 1, 0)) + F.pad(kernel, (0, 0, 0, 1))  # add up along the columns: (D, C, 4, 3)
+    kernel = F.pad(kernel, (1, 0)) + F.pad(kernel, (0, 1))  # and along the rows: (D, C, 4, 4)
     kernel = kernel.transpose(0, 1).contiguous()  # MPS had errors with strided weights
     if x.device.type == "cpu":
         x = x.contiguous(memory_format=torch.channels_last)  # all channels of a pixel together: faster
@@ -173,22 +180,23 @@ class FastGenerator(Generator):
 
     def forward(self, z):
         h = self.l1(z).view(-1, 128, self.init_size, self.init_size)
-        layers = iter(self.conv_blocks)  # an iterator, so that next(layers) takes the convolution out of the loop
-        for layer in layers:
+        layers = list(self.conv_blocks)
+        while layers:
+            layer = layers.pop(0)
             if isinstance(layer, nn.Upsample) and layer.mode == "nearest":
-                h = upsample_conv(h, conv=next(layers))
+                h = upsample_conv(h, conv=layers.pop(0))
             else:
                 h = layer(h)
         return h
 
 
-def parse_options(argv):
-    """The options and, with --resume, the checkpoint of that run: its options, overridden by those typed now."""
+def parse_args(argv):
+    """The options and, with --resume, the checkpoint of that run, whose options are then the defaults."""
     parser = ArgumentParser(SCRIPT, description=__doc__, formatter_class=common.Help)
     # training
-    parser.add_argument("--epochs", type=int, default=150, help="passes over the images")
-    parser.add_argument("--batch-size", type=int, default=64, help="images per step")
-    parser.add_argument("--latent-dim", type=int, default=100, help="dimensions of z")
+    parser.add_argument("--epochs", type=common.positive, default=150, help="passes over the images")
+    parser.add_argument("--batch-size", type=common.positive, default=64, help="images per step")
+    parser.add_argument("--latent-dim", type=common.positive, default=100, help="dimensions of z")
     parser.add_argument("--lr", type=float, default=2e-4, help="Adam's learning rate")
     parser.add_argument("--b1", type=float, default=0.5, help="Adam's first beta")
     parser.add_argument("--b2", type=float, default=0.999, help="Adam's second beta")
@@ -196,145 +204,150 @@ def parse_options(argv):
     # the images
     parser.add_argument("--dataset", choices=[*common.SETS, "digits"], help="mnist; digits if it cannot be downloaded")
     parser.add_argument("--data", type=expanduser, default="data", help="folder of the data sets")
-    parser.add_argument("--subset", metavar="N", type=int, help="train on the first N images")
+    parser.add_argument("--subset", metavar="N", type=common.positive, help="train on the first N images")
     # the device
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ...; auto is a GPU if there is one")
     parser.add_argument("--bf16", action="store_true", help="bfloat16; slow on CPUs without bfloat16 instructions")
     # the run's files
     folder = parser.add_mutually_exclusive_group()
-    folder.add_argument("--out", type=expanduser, help="a new folder for the run (default: one in runs/)")
-    folder.add_argument("--resume", metavar="RUN", type=common.run_folder, help="continue a run")
+    folder.add_argument("--out", type=expanduser, help="folder of the run (default: one in runs/)")
+    folder.add_argument("--resume", metavar="RUN", type=expanduser, help="continue the run in this folder")
     parser.add_argument("--tensorboard", action="store_true", help="log for TensorBoard too")
 
-    options = parser.parse_args(argv)
-    checkpoint = None
-    if options.resume:
-        checkpoint = common.load_checkpoint(options.resume)
-        if checkpoint.get("script") != SCRIPT:
-            sys.exit(f"{options.resume} is not a run of {SCRIPT} but of {checkpoint.get('script')}")
-        parser.set_defaults(**checkpoint["config"])
-        options = parser.parse_args(argv)
-    return options, checkpoint
+    args = parser.parse_args(argv)
+    if args.resume is None:
+        return args, None
+    checkpoint = common.load_checkpoint(Path(args.resume, "checkpoint.pt"))
+    if checkpoint["script"] != SCRIPT:
+        sys.exit(f"{args.resume} was trained by {checkpoint['script']}, not by {SCRIPT}")
+    parser.set_defaults(**checkpoint["config"])
+    args = parser.parse_args(argv)  # again: an option that was not typed is now the run's
+    for name, value in checkpoint["config"].items():
+        if name not in MAY_CHANGE and getattr(args, name) != value:
+            option = "--" + name.replace("_", "-")
+            sys.exit(f"{option} cannot change: {args.resume} is trained with {value}")
+    if checkpoint["epoch"] >= args.epochs:
+        sys.exit(f"{args.resume} has its {checkpoint['epoch']} epochs: to train longer, give more with --epochs")
+    return args, checkpoint
 
 
-def run_name(options):
-    """The script; data set, latent dimension and subset if not the default: dcgan, dcgan-cifar100-z2, ..."""
+def run_name(args):
+    """The script, then what is not the default: dcgan, dcgan-cifar100-z2-subset6000-seed1."""
     name = Path(__file__).stem
-    if options.dataset != "mnist":
-        name += f"-{options.dataset}"
-    if options.latent_dim != 100:
-        name += f"-z{options.latent_dim}"
-    if options.subset:
-        name += f"-subset{options.subset}"
+    if args.dataset != "mnist":
+        name += f"-{args.dataset}"
+    if args.latent_dim != 100:
+        name += f"-z{args.latent_dim}"
+    if args.subset:
+        name += f"-subset{args.subset}"
+    if args.seed:
+        name += f"-seed{args.seed}"
     return name
 
 
-def load(path, device="cpu"):
-    """The generator of a run or of a file with weights, in eval mode, and its config, with latent_dim and image_shape.
-
-    The sizes are read off the weights, so that a generator alone opens too. Exits if there is none.
-    """
-    checkpoint = common.load_checkpoint(path)
-    weights = common.find_weights(checkpoint, "l1.0.weight")
-    if "conv_blocks.9.bias" not in weights:
-        sys.exit(f"{path} holds {common.contents(checkpoint)}, neither a generator nor a VAE")
-    if checkpoint.get("script", SCRIPT) != SCRIPT:
-        print(f"warning: {path} is of {checkpoint['script']}, opened with the layers of {SCRIPT}", file=sys.stderr)
-    features, latent_dim = weights["l1.0.weight"].shape
-    channels = len(weights["conv_blocks.9.bias"])
-    side = 4 * math.isqrt(features // 128)
-    image_shape = (channels, side, side)
-    generator = FastGenerator(latent_dim, image_shape).to(device)
-    generator.load_state_dict(weights)
-    return generator.eval(), {"latent_dim": latent_dim, "image_shape": image_shape, "epoch": checkpoint.get("epoch")}
+def load(checkpoint, device):
+    """The generator of a checkpoint in eval mode, which is also the function from codes to images, and its config."""
+    config = Namespace(**checkpoint["config"], epoch=checkpoint["epoch"])
+    generator = FastGenerator(config.latent_dim, config.image_shape).to(device)
+    weights = checkpoint["state_dict"]
+    generator.load_state_dict({name: weights[f"generator.{name}"] for name in generator.state_dict()})
+    generator.eval()
+    return generator, generator, config
 
 
 CURVES = {
     "binary cross-entropy, nats": {"generator": "generator/loss", "discriminator": "discriminator/loss"},
     "accuracy of the discriminator": {"real": "discriminator/real_acc", "fake": "discriminator/fake_acc"},
 }
-LEVELS = [math.log(2), 0.5, math.log(2)]  # of the three panels, for a discriminator that cannot tell: D = 1/2
+LEVELS = {"D cannot tell": [math.log(2), 0.5, math.log(2)]}  # in each panel the value at D = 1/2
 
 
 def main(argv=None):
-    options, checkpoint = parse_options(argv)
-    device = common.pick_device(options.device)
+    args, checkpoint = parse_args(argv)
+    device = common.pick_device(args.device)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
-    torch.manual_seed(options.seed)
+    torch.manual_seed(args.seed)
 
     # the images and their labels, on the device once
-    data = common.load_dataset(options.dataset, options.data, size=32)
-    images = data.train[: options.subset].to(device)
-    labels = data.train_labels[: options.subset].to(device)
-    options.dataset = data.name
-    options.image_shape = tuple(data.train.shape[1:])
+    images = common.load_images(args.dataset, args.data, size=32)
+    x = images.train[: args.subset].to(device)
+    labels = images.train_labels[: args.subset].to(device)
+    args.dataset = images.name
+    args.image_shape = tuple(images.train.shape[1:])
 
     # both networks, their optimizers, and the codes that are drawn after every epoch
-    generator = FastGenerator(options.latent_dim, options.image_shape).to(device)
-    discriminator = Discriminator(options.image_shape).to(device)
+    generator = FastGenerator(args.latent_dim, args.image_shape).to(device)
+    discriminator = Discriminator(args.image_shape).to(device)
     networks = nn.ModuleDict({"generator": generator, "discriminator": discriminator})
-    fixed_z = torch.randn(50, options.latent_dim).to(device)
-    betas = (options.b1, options.b2)
-    optimizer_g = torch.optim.Adam(generator.parameters(), lr=options.lr, betas=betas, fused=True)
-    optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=options.lr, betas=betas, fused=True)
-    if options.bf16:  # the logits before the sigmoids stay float32
+    fixed_z = torch.randn(50, args.latent_dim).to(device)
+    betas = (args.b1, args.b2)
+    optimizer_g = torch.optim.Adam(generator.parameters(), lr=args.lr, betas=betas, fused=True)
+    optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=args.lr, betas=betas, fused=True)
+    if args.bf16:  # the logits before the sigmoids stay float32
         common.use_bf16(generator, [generator.conv_blocks[-2]])
         common.use_bf16(discriminator, [discriminator.adv_layer[0]])
 
     # a new run, or one to continue
     if checkpoint:
-        folder = Path(options.resume)
+        run_dir = Path(args.resume)
         rows = checkpoint["metrics"]
         steps = checkpoint["steps"]
         networks.load_state_dict(checkpoint["state_dict"])
         common.load_adam(optimizer_g, checkpoint["optimizer_g"])
         common.load_adam(optimizer_d, checkpoint["optimizer_d"])
     else:
-        folder = common.new_folder(options.out, run_name(options))
+        run_dir = common.new_folder(args.out, run_name(args))
         rows = []
-    board = common.open_board(folder, rows) if options.tensorboard else None
+    writer = common.open_writer(run_dir, rows) if args.tensorboard else None
     parameters = sum(parameter.numel() for parameter in networks.parameters())
-    print(f"{folder}: {len(images):,} images of {data.name}, {parameters:,} parameters on {device}", flush=True)
+    print(f"{run_dir}: {len(x):,} images of {images.name}, {parameters:,} parameters on {device}", flush=True)
 
     try:
-        for epoch in range(len(rows) + 1, options.epochs + 1):
+        for epoch in range(len(rows) + 1, args.epochs + 1):
             start = time.perf_counter()
-            torch.manual_seed(10_000 * options.seed + epoch)  # a resumed run draws the same numbers
+            torch.manual_seed(10_000 * args.seed + epoch)  # a resumed run draws the same numbers
 
-            batches = common.batches(images, labels, options.batch_size, shuffle=True)
-            steps = train_dcgan(generator, discriminator, optimizer_g, optimizer_d, batches, options.latent_dim)
+            batches = common.batches(x, labels, args.batch_size, shuffle=True)
+            steps = train_dcgan(generator, discriminator, optimizer_g, optimizer_d, batches, args.latent_dim)
             g_loss, d_loss, real_acc, fake_acc = steps.mean(0).tolist()
 
             generator.eval()
             with torch.no_grad():
-                pictures = {"samples": generator(fixed_z)}
+                grids = {"samples": generator(fixed_z)}
 
             seconds = time.perf_counter() - start
             row = {
-                "epoch": epoch, "seconds": round(seconds, 3),
-                "generator/loss": g_loss, "discriminator/loss": d_loss,
-                "discriminator/real_acc": real_acc, "discriminator/fake_acc": fake_acc,
+                "epoch": epoch,
+                "seconds": round(seconds, 3),
+                "generator/loss": g_loss,
+                "discriminator/loss": d_loss,
+                "discriminator/real_acc": real_acc,
+                "discriminator/fake_acc": fake_acc,
                 "discriminator/overall_acc": (real_acc + fake_acc) / 2,
             }
-            common.save_epoch(folder, [*rows, row], pictures, board, {
-                "model": "dcgan", "script": SCRIPT, "config": vars(options), "steps": steps,
+            saved = {
+                "script": SCRIPT,
+                "config": vars(args),
                 "state_dict": networks.state_dict(),
-                "optimizer_g": optimizer_g.state_dict(), "optimizer_d": optimizer_d.state_dict(),
-            })
-            rows.append(row)  # after save_epoch: an epoch counts when it is saved
+                "optimizer_g": optimizer_g.state_dict(),
+                "optimizer_d": optimizer_d.state_dict(),
+                "steps": steps,
+            }
+            common.save_epoch(run_dir, [*rows, row], grids, writer, saved)
+            rows.append(row)
 
-            left = timedelta(seconds=round(seconds * (options.epochs - epoch)))
-            line = f"{epoch:>3}/{options.epochs}: G {g_loss:.3f}, D {d_loss:.3f}"
+            left = timedelta(seconds=round(seconds * (args.epochs - epoch)))
+            line = f"{epoch:>3}/{args.epochs}: G {g_loss:.3f}, D {d_loss:.3f}"
             print(f"{line}, real {real_acc:.1%}, fake {fake_acc:.1%}, {seconds:.3g} s, {left} left", flush=True)
     except KeyboardInterrupt:
         if not rows:
-            sys.exit("interrupted before the first epoch was saved")
-        sys.exit(f"interrupted; to continue: python {SCRIPT} --resume {shlex.quote(folder.as_posix())}")
+            sys.exit("interrupted; nothing is saved yet")
+        sys.exit(f"interrupted; to continue: python {SCRIPT} --resume {shlex.quote(run_dir.as_posix())}")
     finally:
         if rows:
             last_steps = {"generator": steps[:, 0], "discriminator": steps[:, 1]}
-            common.save_curves(folder / "losses.png", rows, CURVES, last_steps, LEVELS)
-    print(f"next: python sample.py {shlex.quote(folder.as_posix())}")
+            common.save_curves(run_dir / "losses.png", rows, CURVES, last_steps, LEVELS)
+    print(f"next: python sample.py {shlex.quote(run_dir.as_posix())}")
 
 
 if __name__ == "__main__":

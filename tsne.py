@@ -1,10 +1,9 @@
 """t-SNE (van der Maaten and Hinton, 2008) of a VAE's codes of the test images, colored by class.
 
-Codes of two dimensions are drawn as they are. Without a run it takes the newest VAE in runs/. It also prints the
-accuracy of the nearest neighbor (how often the closest other code is of the same class) and how many dimensions of z
-the VAE uses.
+Codes of two dimensions are drawn as they are. It also prints the accuracy of the nearest neighbor (how often the
+closest other code is of the same class) and how many dimensions of z the VAE uses.
 
-    python tsne.py                                       # the means, as in the lab
+    python tsne.py runs/vae-beta1                        # the means, as in the lab
     python tsne.py runs/vae-beta1 --codes std            # the standard deviations instead
     python tsne.py runs/vae-beta1 --codes pixels         # the images themselves
 """
@@ -12,7 +11,6 @@ the VAE uses.
 import sys
 from argparse import ArgumentParser
 from os.path import expanduser
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,11 +33,14 @@ TITLES = {
 def dimensions_in_use(mean, log_var, threshold=0.01):
     """How many dimensions of z have a mean KL divergence above the threshold, in nats per image.
 
-    mean and log_var are (N, latent_dim).
-    The others have collapsed to the prior. Burda et al. (2015) count active units by the variance of the mean instead.
+    mean and log_var are (N, latent_dim). The other dimensions have collapsed to the prior. Burda et al. (2015) count
+    active units by the variance of the mean instead.
     """
-    kl = [vae.kl_divergence(mean[:, j], log_var[:, j]) / len(mean) for j in range(mean.shape[1])]
-    return (torch.stack(kl) > threshold).sum().item()
+    used = 0
+    for j in range(mean.shape[1]):
+        kl = vae.kl_divergence(mean[:, j : j + 1], log_var[:, j : j + 1])
+        used += (kl / len(mean)).item() > threshold
+    return used
 
 
 def nearest_neighbor_accuracy(codes, labels):
@@ -50,26 +51,26 @@ def nearest_neighbor_accuracy(codes, labels):
 
 def draw(points, labels, classes, title):
     """A figure of points (N, 2) in a color for each class, whose name stands at their median; labels index classes."""
-    figure = Figure(figsize=(8, 6), layout="constrained")
+    figure = Figure(figsize=(7, 7), layout="constrained")
     ax = figure.subplots()
     few = len(classes) <= 10
     colors = colormaps["tab10" if few else "gist_rainbow"].resampled(len(classes))
     for label, name in enumerate(classes):
         members = points[labels == label]
-        ax.scatter(members[:, 0], members[:, 1], s=12, color=colors(label), label=name)
+        ax.scatter(members[:, 0], members[:, 1], s=12, color=colors(label))
         if len(members):
             box = {"boxstyle": "round", "facecolor": "white", "edgecolor": colors(label), "alpha": 0.8}
-            ax.text(*np.median(members, axis=0), name, ha="center", fontsize=11 if few else 5, bbox=box)
+            first_word = name.split()[0]  # MNIST's names are "4 - four"
+            ax.text(*np.median(members, axis=0), first_word, ha="center", fontsize=11 if few else 5, bbox=box)
     ax.set(title=title, aspect="equal")
-    figure.legend(loc="outside right upper", fontsize="small" if few else 5, ncols=1 + len(classes) // 26)
     return figure
 
 
-def parse_options(argv):
+def parse_args(argv):
     parser = ArgumentParser("tsne.py", description=__doc__, formatter_class=common.Help)
-    parser.add_argument("run", nargs="?", help="run or file with weights (default: the newest VAE in runs/)")
+    parser.add_argument("run", metavar="RUN", help="folder of a run, or a file like its checkpoint.pt")
     parser.add_argument("--codes", choices=TITLES, default="mean", help="what to map of each image")
-    parser.add_argument("--n", type=int, default=1000, help="test images on the map")
+    parser.add_argument("--n", type=common.positive, default=1000, help="test images on the map")
     parser.add_argument("--perplexity", type=float, default=30.0, help="t-SNE's perplexity, below --n")
     parser.add_argument("--dataset", choices=[*common.SETS, "digits"], help="the images (default: the run's)")
     parser.add_argument("--data", type=expanduser, help="folder of the data sets (default: the run's)")
@@ -81,46 +82,45 @@ def parse_options(argv):
 
 @torch.inference_mode()
 def main(argv=None):
-    options = parse_options(argv)
-    device = common.pick_device(options.device)
-    run = Path(options.run) if options.run is not None else common.newest_run("*vae*")
-    model, config = vae.load(run, device)
-    if config["autoencoder"] and options.codes in ("sample", "std"):
-        sys.exit(f"--codes {options.codes}: an autoencoder has no variance; use mean or pixels")
-    data = common.load_run_images(config, options)
+    args = parse_args(argv)
+    device = common.pick_device(args.device)
+    model, _, config = common.open_run(args.run, device)
+    if not hasattr(model, "encoder"):
+        sys.exit(f"{args.run} has no encoder: only a VAE's codes are mapped")
+    if config.autoencoder and args.codes in ("sample", "std"):
+        sys.exit(f"--codes {args.codes}: an autoencoder has no variance; use mean or pixels")
+    data = common.load_run_images(config, args)
 
     # the codes of all test images, and those to map
-    torch.manual_seed(options.seed)
-    chosen = torch.randperm(len(data.test))[: options.n]  # without replacement
-    x = data.test.to(device).flatten(1) / 255
+    torch.manual_seed(args.seed)
+    chosen = torch.randperm(len(data.test))[: args.n]  # without replacement
+    x = data.test.to(device).flatten(1)
     mean, log_var = model.encoder(x)
     std = torch.exp(0.5 * log_var)
     z = vae.reparameterize(mean, std)
-    codes = {"mean": mean, "sample": z, "std": std, "pixels": x}[options.codes]
+    codes = {"mean": mean, "sample": z, "std": std, "pixels": x}[args.codes]
     codes = codes.cpu()[chosen].numpy()
     labels = data.test_labels[chosen].numpy()
     if codes.shape[1] == 1:
         sys.exit("codes of one dimension are not drawn: train with --latent-dim 2 or more")
     if (codes == codes[0]).all():
-        sys.exit(f"all codes are equal, there is nothing to map: has the encoder of {run} collapsed?")
+        sys.exit(f"all codes are equal, there is nothing to map: has the encoder of {args.run} collapsed?")
 
     # the map: codes of two dimensions as they are, others through t-SNE
     text = f"1-nearest-neighbor accuracy {nearest_neighbor_accuracy(codes, labels):.1%} of the codes"
     points = codes
-    settings = {"xlabel": "dimension 1", "ylabel": "dimension 2"}
+    axes = {"xlabel": "dimension 1", "ylabel": "dimension 2"}
     if codes.shape[1] > 2:
-        points = TSNE(2, perplexity=options.perplexity, random_state=options.seed).fit_transform(codes)
+        points = TSNE(2, perplexity=args.perplexity, random_state=args.seed).fit_transform(codes)
         text += f", {nearest_neighbor_accuracy(points, labels):.1%} on the map"
-        settings = {"xticks": [], "yticks": []}  # the axes of a t-SNE map have no meaning, only closeness does
-    figure = draw(points, labels, data.classes, f"{TITLES[options.codes]} of {len(codes):,} test images\n{text}")
-    figure.axes[0].set(**settings)
+        axes = {"xticks": [], "yticks": []}  # they have no meaning: only which points are close has one
+    figure = draw(points, labels, data.classes, f"{TITLES[args.codes]} of {len(codes):,} test images\n{text}")
+    figure.axes[0].set(**axes)
 
-    folder = Path(options.out or (run if run.is_dir() else run.parent))
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"tsne_{options.codes}.png"
-    figure.savefig(path, dpi=150)
-    print(f"{options.codes}: {text}")
-    if not config["autoencoder"]:
+    path = common.output_folder(args.out, args.run) / f"tsne_{args.codes}.png"
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    print(f"{args.codes}: {text}")
+    if not config.autoencoder:
         used = dimensions_in_use(mean, log_var)
         print(f"{used} of the {mean.shape[1]} dimensions of z carry more than 0.01 nats ({len(x):,} test images)")
     print(path)

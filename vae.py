@@ -37,7 +37,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Codes z (N, latent_dim) -> x_pred (N, output_dim), gray levels in 0..1."""
+    """Codes z (N, latent_dim) -> x_pred (N, output_dim), pixel values in 0..1."""
 
     def __init__(self, latent_dim, hidden_dim, output_dim):
         super().__init__()
@@ -87,7 +87,7 @@ def reconstruction_loss(x_pred, x):
 
     Each pixel costs -[x log(x_pred) + (1 - x) log(1 - x_pred)]. Raises RuntimeError if a value is not in 0..1.
     It is linear in x, so with gray targets, at beta 1, the negative loss is a lower bound on the log-likelihood
-    of the image binarized at random: each pixel is 1 with a probability equal to its gray level.
+    of the image binarized at random: each pixel is 1 with a probability equal to its gray value.
     """
     return F.binary_cross_entropy(x_pred, x, reduction="sum")
 
@@ -107,7 +107,7 @@ def train_vae(model, optimizer, batches, beta):
     are not used. Returns the means over the images of reconstruction, KL and loss, in nats per image.
     """
     device = next(model.parameters()).device
-    sums = torch.zeros(2, device=device)  # reconstruction and KL; kept on the device, so that nothing waits for it
+    sums = torch.zeros(2, device=device)  # reconstruction and KL: no CPU-GPU synchronization before the last line
     num_images = 0
 
     model.train()
@@ -126,7 +126,7 @@ def train_vae(model, optimizer, batches, beta):
         sums += torch.stack([reconstruction, kl]).detach()
         num_images += len(x)
 
-    mean_reconstruction, mean_kl = (sums / num_images).tolist()  # the first wait for the GPU in this epoch
+    mean_reconstruction, mean_kl = (sums / num_images).tolist()  # the only synchronization of this epoch
     return mean_reconstruction, mean_kl, mean_reconstruction + beta * mean_kl
 
 
@@ -223,7 +223,7 @@ import math
 import shlex
 import sys
 import time
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from datetime import timedelta
 from os.path import expanduser
 from pathlib import Path
@@ -231,204 +231,199 @@ from pathlib import Path
 import common
 
 SCRIPT = Path(__file__).name  # a copy, my_vae.py, names its runs after itself
+MAY_CHANGE = {"epochs", "lr", "data", "device", "bf16", "tensorboard", "out", "resume"}  # when a run is resumed
 
 
-def parse_options(argv):
-    """The options and, with --resume, the checkpoint of that run: its options, overridden by those typed now."""
+def parse_args(argv):
+    """The options and, with --resume, the checkpoint of that run, whose options are then the defaults."""
     parser = ArgumentParser(SCRIPT, description=__doc__, formatter_class=common.Help)
     # the network and its training
     parser.add_argument("--beta", type=float, default=10.0, help="weight of the KL divergence")
     parser.add_argument("--arch", choices=["fc", "conv"], default="fc", help="fully connected or convolutional")
     parser.add_argument("--autoencoder", action="store_true", help="train a plain autoencoder")
-    parser.add_argument("--hidden-dim", type=int, default=512, help="units per layer")
-    parser.add_argument("--latent-dim", type=int, default=128, help="dimensions of z")
-    parser.add_argument("--epochs", type=int, default=150, help="passes over the images")
-    parser.add_argument("--batch-size", type=int, help="images per step (default: 1024; 64 on digits)")
+    parser.add_argument("--hidden-dim", type=common.positive, default=512, help="units per layer")
+    parser.add_argument("--latent-dim", type=common.positive, default=128, help="dimensions of z")
+    parser.add_argument("--epochs", type=common.positive, default=150, help="passes over the images")
+    parser.add_argument("--batch-size", type=common.positive, help="images per step (default: 1024; 64 on digits)")
     parser.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers")
     # the images
     parser.add_argument("--dataset", choices=[*common.SETS, "digits"], help="mnist; digits if it cannot be downloaded")
     parser.add_argument("--data", type=expanduser, default="data", help="folder of the data sets")
-    parser.add_argument("--subset", metavar="N", type=int, help="train on the first N images")
+    parser.add_argument("--subset", metavar="N", type=common.positive, help="train on the first N images")
     # the device
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ...; auto is a GPU if there is one")
     parser.add_argument("--bf16", action="store_true", help="bfloat16; slow on CPUs without bfloat16 instructions")
     # the run's files
     folder = parser.add_mutually_exclusive_group()
-    folder.add_argument("--out", type=expanduser, help="a new folder for the run (default: one in runs/)")
-    folder.add_argument("--resume", metavar="RUN", type=common.run_folder, help="continue a run")
+    folder.add_argument("--out", type=expanduser, help="folder of the run (default: one in runs/)")
+    folder.add_argument("--resume", metavar="RUN", type=expanduser, help="continue the run in this folder")
     parser.add_argument("--tensorboard", action="store_true", help="log for TensorBoard too")
 
-    options = parser.parse_args(argv)
-    checkpoint = None
-    if options.resume:
-        checkpoint = common.load_checkpoint(options.resume)
-        if checkpoint.get("script") != SCRIPT:
-            sys.exit(f"{options.resume} is not a run of {SCRIPT} but of {checkpoint.get('script')}")
-        parser.set_defaults(**checkpoint["config"])
-        options = parser.parse_args(argv)
-    return options, checkpoint
+    args = parser.parse_args(argv)
+    if args.resume is None:
+        return args, None
+    checkpoint = common.load_checkpoint(Path(args.resume, "checkpoint.pt"))
+    if checkpoint["script"] != SCRIPT:
+        sys.exit(f"{args.resume} was trained by {checkpoint['script']}, not by {SCRIPT}")
+    parser.set_defaults(**checkpoint["config"])
+    args = parser.parse_args(argv)  # again: an option that was not typed is now the run's
+    for name, value in checkpoint["config"].items():
+        if name not in MAY_CHANGE and getattr(args, name) != value:
+            option = "--" + name.replace("_", "-")
+            sys.exit(f"{option} cannot change: {args.resume} is trained with {value}")
+    if checkpoint["epoch"] >= args.epochs:
+        sys.exit(f"{args.resume} has its {checkpoint['epoch']} epochs: to train longer, give more with --epochs")
+    return args, checkpoint
 
 
-def run_name(options):
-    """The script, the model and beta; data set, latent dimension and subset if not the default: vae-beta1-digits-z2."""
+def run_name(args):
+    """The script, the model and beta, then what is not the default: vae-beta1-digits-z2-subset6000-seed1."""
     name = Path(__file__).stem
-    if options.arch == "conv":
+    if args.arch == "conv":
         name += "-conv"
-    name += "-autoencoder" if options.autoencoder else f"-beta{options.beta:g}"
-    if options.dataset != "mnist":
-        name += f"-{options.dataset}"
-    if options.latent_dim != 128:
-        name += f"-z{options.latent_dim}"
-    if options.subset:
-        name += f"-subset{options.subset}"
+    name += "-autoencoder" if args.autoencoder else f"-beta{args.beta:g}"
+    if args.dataset != "mnist":
+        name += f"-{args.dataset}"
+    if args.latent_dim != 128:
+        name += f"-z{args.latent_dim}"
+    if args.subset:
+        name += f"-subset{args.subset}"
+    if args.seed:
+        name += f"-seed{args.seed}"
     return name
 
 
 def build(config):
-    """The network of a run's options, for flat images of config["image_shape"], (C, H, W)."""
-    image_shape = config["image_shape"]
-    hidden_dim = config["hidden_dim"]
-    latent_dim = config["latent_dim"]
-    if config["arch"] == "conv":
-        encoder = ConvEncoder(image_shape, hidden_dim, latent_dim)
-        decoder = ConvDecoder(latent_dim, hidden_dim, image_shape)
+    """The network of a run's options, for flat images of config.image_shape, (C, H, W)."""
+    if config.arch == "conv":
+        encoder = ConvEncoder(config.image_shape, config.hidden_dim, config.latent_dim)
+        decoder = ConvDecoder(config.latent_dim, config.hidden_dim, config.image_shape)
     else:
-        encoder = Encoder(math.prod(image_shape), hidden_dim, latent_dim)
-        decoder = Decoder(latent_dim, hidden_dim, math.prod(image_shape))
-    return Autoencoder(encoder, decoder) if config["autoencoder"] else VAE(encoder, decoder)
+        input_dim = math.prod(config.image_shape)
+        encoder = Encoder(input_dim, config.hidden_dim, config.latent_dim)
+        decoder = Decoder(config.latent_dim, config.hidden_dim, input_dim)
+    return Autoencoder(encoder, decoder) if config.autoencoder else VAE(encoder, decoder)
 
 
-IMAGE_SHAPES = {784: (1, 28, 28), 1024: (1, 32, 32), 3072: (3, 32, 32)}  # by input_dim, for weights without options
-
-
-def load(path, device="cpu"):
-    """The VAE of a run or of a file with weights, in eval mode, and its config, with latent_dim and image_shape.
-
-    Weights without a config must be of the fully connected VAE: its sizes are read off them. Exits if there is no VAE.
-    """
-    checkpoint = common.load_checkpoint(path)
-    weights = common.find_weights(checkpoint, "encoder.mean.weight")
-    if not weights:
-        sys.exit(f"{path} holds {common.contents(checkpoint)}, not a VAE, whose codes tsne.py maps")
-    if checkpoint.get("script", SCRIPT) != SCRIPT:
-        print(f"warning: {path} is of {checkpoint['script']}, opened with the layers of {SCRIPT}", file=sys.stderr)
-    if checkpoint.get("model") == "vae":
-        config = {**checkpoint["config"], "epoch": checkpoint["epoch"]}
-    elif "encoder.backbone.0.weight" in weights:
-        hidden_dim, input_dim = weights["encoder.backbone.0.weight"].shape
-        config = {
-            "arch": "fc",
-            "autoencoder": False,
-            "hidden_dim": hidden_dim,
-            "latent_dim": len(weights["encoder.mean.weight"]),
-            "image_shape": IMAGE_SHAPES[input_dim],
-            "dataset": "mnist",
-            "data": "data",
-            "epoch": checkpoint.get("epoch"),
-        }
-    else:
-        sys.exit(f"{path} holds a VAE with other layers than vae.Encoder: its sizes are known only to its run")
+def load(checkpoint, device):
+    """The VAE of a checkpoint in eval mode, its function from codes z (N, latent_dim) to images, and its config."""
+    config = Namespace(**checkpoint["config"], epoch=checkpoint["epoch"])
     model = build(config).to(device)
-    model.load_state_dict(weights)
-    return model.eval(), config
+    model.load_state_dict(checkpoint["state_dict"])
+
+    def decode(z):
+        return model.decoder(z).unflatten(1, config.image_shape)
+
+    return model.eval(), decode, config
 
 
 @torch.no_grad()
 def reconstruction_rows(model, x):
-    """Images x (N, C, H, W) in rows of ten, each followed by a row of its reconstructions; N is a multiple of ten."""
+    """Images x (N, C, H, W) in rows, each followed by a row of its reconstructions, as they are saved.
+
+    N is a multiple of common.COLUMNS, the images in a row.
+    """
     x_pred, _, _ = model(x.flatten(1))
-    originals = x.unflatten(0, (-1, 10))  # (N / 10, 10, C, H, W)
-    reconstructions = x_pred.view_as(x).unflatten(0, (-1, 10))
+    originals = x.unflatten(0, (-1, common.COLUMNS))  # (rows, COLUMNS, C, H, W)
+    reconstructions = x_pred.view_as(x).unflatten(0, (-1, common.COLUMNS))
     return torch.stack([originals, reconstructions], dim=1).flatten(0, 2)
 
 
 CURVES = {
-    "reconstruction, nats per image": {"training": "train/reconstruction_loss", "test": "val/reconstruction_loss"},
-    "KL divergence, nats per image": {"training": "train/kl_loss", "test": "val/kl_loss"},
-    "loss, nats per image": {"training": "train/loss", "test": "val/loss"},
+    "reconstruction, nats per image": {"training": "train/reconstruction_loss", "test": "test/reconstruction_loss"},
+    "KL divergence, nats per image": {"training": "train/kl_loss", "test": "test/kl_loss"},
+    "loss, nats per image": {"training": "train/loss", "test": "test/loss"},
 }
 
 
 def main(argv=None):
-    options, checkpoint = parse_options(argv)
-    device = common.pick_device(options.device)
+    args, checkpoint = parse_args(argv)
+    device = common.pick_device(args.device)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     torch.set_flush_denormal(True)  # very small moments become denormal numbers, which are slow on a CPU
-    torch.manual_seed(options.seed)
+    torch.manual_seed(args.seed)
 
     # the images and their labels, on the device once
-    data = common.load_dataset(options.dataset, options.data)
-    train_images = data.train[: options.subset].to(device)
-    train_labels = data.train_labels[: options.subset].to(device)
-    test_images = data.test.to(device)
-    test_labels = data.test_labels.to(device)
-    options.dataset = data.name
-    options.image_shape = tuple(data.train.shape[1:])
-    options.batch_size = options.batch_size or (64 if data.name == "digits" else 1024)
+    images = common.load_images(args.dataset, args.data)
+    x_train = images.train[: args.subset].to(device)
+    y_train = images.train_labels[: args.subset].to(device)
+    x_test = images.test.to(device)
+    y_test = images.test_labels.to(device)
+    args.dataset = images.name
+    args.image_shape = tuple(images.train.shape[1:])
+    args.batch_size = args.batch_size or (64 if images.name == "digits" else 1024)
 
-    # the network, its optimizer, and the codes and images that are drawn after every epoch
-    model = build(vars(options))
-    layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format  # faster convolutions on a CPU
+    # the network, its optimizer, and the codes that are decoded after every epoch
+    model = build(args)
+    # Channels last is faster for convolutions on a CPU. On MPS it gives wrong gradients of batch norm (pytorch 175189).
+    layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
     model.to(device, memory_format=layout)
-    fixed_z = torch.randn(50, options.latent_dim).to(device)
-    fixed_x = test_images[:50] / 255
-    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
-    if options.bf16:  # the codes and the logits before the sigmoid stay float32
+    fixed_z = torch.randn(50, args.latent_dim).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+    if args.bf16:  # the codes and the logits before the sigmoid stay float32
         common.use_bf16(model, [model.encoder.mean, model.encoder.log_var, model.decoder.backbone])
 
     # a new run, or one to continue
     if checkpoint:
-        folder = Path(options.resume)
+        run_dir = Path(args.resume)
         rows = checkpoint["metrics"]
         model.load_state_dict(checkpoint["state_dict"])
         common.load_adam(optimizer, checkpoint["optimizer"])
     else:
-        folder = common.new_folder(options.out, run_name(options))
+        run_dir = common.new_folder(args.out, run_name(args))
         rows = []
-    board = common.open_board(folder, rows) if options.tensorboard else None
+    writer = common.open_writer(run_dir, rows) if args.tensorboard else None
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{folder}: {len(train_images):,} images of {data.name}, {parameters:,} parameters on {device}", flush=True)
+    print(f"{run_dir}: {len(x_train):,} images of {images.name}, {parameters:,} parameters on {device}", flush=True)
 
     try:
-        for epoch in range(len(rows) + 1, options.epochs + 1):
+        for epoch in range(len(rows) + 1, args.epochs + 1):
             start = time.perf_counter()
-            torch.manual_seed(10_000 * options.seed + epoch)  # a resumed run draws the same numbers
+            torch.manual_seed(10_000 * args.seed + epoch)  # a resumed run draws the same numbers
 
-            train_batches = common.batches(train_images, train_labels, options.batch_size, shuffle=True)
-            test_batches = common.batches(test_images, test_labels, options.batch_size)
-            train_reconstruction, train_kl, train_loss = train_vae(model, optimizer, train_batches, options.beta)
-            val_reconstruction, val_kl, val_loss = evaluate_vae(model, test_batches, options.beta)
+            train_batches = common.batches(x_train, y_train, args.batch_size, shuffle=True)
+            test_batches = common.batches(x_test, y_test, args.batch_size)
+            train_reconstruction, train_kl, train_loss = train_vae(model, optimizer, train_batches, args.beta)
+            test_reconstruction, test_kl, test_loss = evaluate_vae(model, test_batches, args.beta)
 
             model.eval()
             with torch.no_grad():
-                samples = model.decoder(fixed_z).unflatten(1, options.image_shape)
-                pictures = {"samples": samples, "reconstructions": reconstruction_rows(model, fixed_x)}
+                samples = model.decoder(fixed_z).unflatten(1, args.image_shape)
+            grids = {"samples": samples, "reconstructions": reconstruction_rows(model, x_test[:50])}
 
             seconds = time.perf_counter() - start
             row = {
-                "epoch": epoch, "seconds": round(seconds, 3),
-                "train/reconstruction_loss": train_reconstruction, "train/kl_loss": train_kl, "train/loss": train_loss,
-                "val/reconstruction_loss": val_reconstruction, "val/kl_loss": val_kl, "val/loss": val_loss,
+                "epoch": epoch,
+                "seconds": round(seconds, 3),
+                "train/reconstruction_loss": train_reconstruction,
+                "train/kl_loss": train_kl,
+                "train/loss": train_loss,
+                "test/reconstruction_loss": test_reconstruction,
+                "test/kl_loss": test_kl,
+                "test/loss": test_loss,
             }
-            common.save_epoch(folder, [*rows, row], pictures, board, {
-                "model": "vae", "script": SCRIPT, "config": vars(options),
-                "state_dict": model.state_dict(), "optimizer": optimizer.state_dict(),
-            })
-            rows.append(row)  # after save_epoch: an epoch counts when it is saved
+            saved = {
+                "script": SCRIPT,
+                "config": vars(args),
+                "state_dict": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
+            common.save_epoch(run_dir, [*rows, row], grids, writer, saved)
+            rows.append(row)
 
-            left = timedelta(seconds=round(seconds * (options.epochs - epoch)))
-            equation = f"{val_loss:.2f} = {val_reconstruction:.2f} + {options.beta:g} * {val_kl:.3f}"
-            line = f"{epoch:>3}/{options.epochs}: train {train_loss:.2f}, test {equation}"
+            left = timedelta(seconds=round(seconds * (args.epochs - epoch)))
+            equation = f"{test_loss:.2f} = {test_reconstruction:.2f} + {args.beta:g} * {test_kl:.3f}"
+            line = f"{epoch:>3}/{args.epochs}: train {train_loss:.2f}, test {equation}"
             print(f"{line}, {seconds:.3g} s, {left} left", flush=True)
     except KeyboardInterrupt:
         if not rows:
-            sys.exit("interrupted before the first epoch was saved")
-        sys.exit(f"interrupted; to continue: python {SCRIPT} --resume {shlex.quote(folder.as_posix())}")
+            sys.exit("interrupted; nothing is saved yet")
+        sys.exit(f"interrupted; to continue: python {SCRIPT} --resume {shlex.quote(run_dir.as_posix())}")
     finally:
         if rows:
-            common.save_curves(folder / "losses.png", rows, CURVES)
-    print(f"next: python sample.py {shlex.quote(folder.as_posix())}")
+            common.save_curves(run_dir / "losses.png", rows, CURVES)
+    print(f"next: python sample.py {shlex.quote(run_dir.as_posix())}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 2 -m docs.parallel
 
-Ten epochs at beta 1; after each the weights replace vae-parallel.pt in the current folder, which sample.py opens.
+Ten epochs at beta 1; after each the weights replace vae-parallel.pt in the current folder ("Your own weights" in
+README.md opens them).
 An Autoencoder needs DistributedDataParallel(model, find_unused_parameters=True): its log_var layer has no gradient.
 """
 
