@@ -25,9 +25,9 @@ import common
 import vae
 
 
-def interpolate(z1, z2, steps):
-    """Codes on the straight line from z1 to z2, each (latent_dim,): alpha = 0, ..., 1; (steps, latent_dim)."""
-    alpha = torch.linspace(0, 1, steps, device=z1.device)[:, None]
+def interpolate(z1, z2, n):
+    """n codes on the straight line from z1 to z2, each (latent_dim,): alpha = 0, ..., 1; (n, latent_dim)."""
+    alpha = torch.linspace(0, 1, n, device=z1.device)[:, None]
     return (1 - alpha) * z1 + alpha * z2
 
 
@@ -72,7 +72,7 @@ def parse_args(argv):
     parser = ArgumentParser("sample.py", description=__doc__, formatter_class=common.Help)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run, or a file like its checkpoint.pt")
     parser.add_argument("--n", type=common.positive, default=24, help="samples")
-    parser.add_argument("--steps", type=common.positive, default=11, help="images in an interpolation")
+    parser.add_argument("--interpolation", metavar="N", type=common.positive, default=11, help="images from end to end")
     parser.add_argument("--images", type=int, nargs=2, default=[0, 2], help="VAE: training images to go between")
     parser.add_argument("--dataset", choices=[*common.SETS, "digits"], help="VAE: the images (default: the run's)")
     parser.add_argument("--data", type=expanduser, help="folder of the data sets (default: the run's)")
@@ -102,7 +102,7 @@ def main(argv=None):
     z = torch.randn(args.n + 2, config.latent_dim).to(device)  # from the CPU: the same on every device
     columns = max(8, math.ceil(math.sqrt(args.n)))
     save_grid(folder / "samples.png", decode(z[2:]), columns)
-    save_grid(folder / "interpolation.png", decode(interpolate(z[0], z[1], args.steps)), args.steps)
+    save_grid(folder / "interpolation.png", decode(interpolate(z[0], z[1], args.interpolation)), args.interpolation)
     run_dir = Path(run) if Path(run).is_dir() else Path(run).parent
     frames = sorted(run_dir.glob("images/epoch_*_samples.png"), key=lambda path: int(path.name.split("_")[1]))
     if frames:
@@ -120,8 +120,8 @@ def main(argv=None):
     save_grid(folder / "reconstructions.png", vae.reconstruction_rows(model, x), common.COLUMNS)
     ends = data.train[args.images].to(device)
     mean, _ = model.encoder(ends.flatten(1))
-    between = decode(interpolate(mean[0], mean[1], args.steps))
-    save_grid(folder / "interpolation_digits.png", torch.cat([ends[:1], between, ends[1:]]), args.steps + 2)
+    between = decode(interpolate(mean[0], mean[1], args.interpolation))
+    save_grid(folder / "interpolation_digits.png", torch.cat([ends[:1], between, ends[1:]]), args.interpolation + 2)
 
 
 if __name__ == "__main__":
