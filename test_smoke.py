@@ -28,10 +28,10 @@ import dcgan
 import sample
 import tsne
 import vae
-from docs import hidden_tests, student_version
+from docs import explorer, hidden_tests, student_version
 
 HERE = Path(__file__).parent
-SCRIPTS = {"vae": vae, "dcgan": dcgan, "sample": sample, "tsne": tsne}
+SCRIPTS = {"vae": vae, "dcgan": dcgan, "sample": sample, "tsne": tsne, "explorer": explorer}
 DIGITS = ["--dataset", "digits", "--device", "cpu"]
 SMALL = [*DIGITS, "--subset", "200", "--epochs", "3"]
 TRAINED = {  # run: the script and the options of its command
@@ -106,7 +106,7 @@ def assert_same(run, other_run):
     assert metrics(run) == metrics(other_run)
     one = saved(run)
     other = saved(other_run)
-    for key in one.keys() - {"config", "metrics"}:
+    for key in one.keys() - {"script", "config", "metrics"}:
         torch.testing.assert_close(one[key], other[key], rtol=0, atol=0)
 
 
@@ -183,7 +183,6 @@ def test_the_networks_are_the_labs():
     assert sizes == [795_904, 730_896, 1_049_985, 98_113]
     norms = [layer.eps for layer in networks.modules() if isinstance(layer, nn.BatchNorm2d)]
     assert norms == [1e-5, 0.8, 0.8, 0.8, 0.8, 0.8]
-    assert [layer.p for layer in networks.modules() if isinstance(layer, nn.Dropout2d)] == [0.25] * 4
     assert {"model.0.weight", "model.14.running_var", "adv_layer.0.weight"} < discriminator.state_dict().keys()
     with pytest.raises(ValueError, match=r"\(1, 28, 28\).*\(1, 32, 32\)"):
         discriminator(torch.rand(2, 1, 28, 28))
@@ -207,11 +206,9 @@ def test_the_fast_generator_gives_the_same_images_and_gradients(float64):
 
 def test_a_copy_of_a_network_in_bf16_computes_with_its_own_weights():
     generator = dcgan.FastGenerator(10, (1, 32, 32)).eval()
-    z = torch.randn(4, 10)
     common.use_bf16(generator, [generator.conv_blocks[-2]])
     average = copy.deepcopy(generator)
-    torch.testing.assert_close(average(z), generator(z))
-    average(z).sum().backward()
+    average(torch.randn(4, 10)).sum().backward()
     assert average.l1[0].bias.grad is not None
     assert generator.l1[0].bias.grad is None
 
@@ -277,20 +274,19 @@ def test_cifar_has_three_channels(monkeypatch):
     sample.main([run])
     sample.main([run, "runs/dcgan-cifar100"])
     tsne.main([run])  # codes of two dimensions
-    for picture in ("comparison.png", f"{run}/manifold.png", f"{run}/tsne_mean.png"):
-        assert Path(picture).exists()
+    assert {"manifold.png", "tsne_mean.png"} < set(os.listdir(run))
+    assert Path("comparison.png").exists()
     assert "takes images of shape (3, 32, 32)" in error_of(f"tsne {run} --dataset digits")
 
 
 def test_batches_use_every_image_once_with_its_label():
-    images = torch.arange(10.0).view(10, 1, 1, 1)
-    labels = torch.arange(10) + 100
-    assert [len(x) for x, _ in common.batches(images, labels, 4)] == [4, 4, 2]
-    batches = list(common.batches(images, labels, 4, shuffle=True))
-    shuffled = torch.cat([labels for _, labels in batches])
-    assert not torch.equal(shuffled, labels)
-    assert torch.equal(shuffled.sort().values, labels)
-    assert torch.equal(torch.cat([images for images, _ in batches]).flatten(), shuffled - 100.0)
+    images = torch.arange(10.0)
+    batches = list(common.batches(images, images + 100, 4, shuffle=True))
+    assert [len(x) for x, _ in batches] == [4, 4, 2]
+    assert all(torch.equal(labels, x + 100) for x, labels in batches)
+    shuffled = torch.cat([x for x, _ in batches])
+    assert not torch.equal(shuffled, images)
+    assert torch.equal(shuffled.sort().values, images)
 
 
 # --- Copying into coursework ---
@@ -303,7 +299,6 @@ def code_cells():
 
 def test_the_upper_halves_need_only_torch_and_stand_in_the_notebook_word_for_word():
     names = []
-    cells = code_cells()
     for script in ("vae", "dcgan"):
         source = (HERE / f"{script}.py").read_text(encoding="utf-8").split("# === Script")[0]
         nodes = ast.parse(source).body[1:]  # after the docstring
@@ -313,7 +308,7 @@ def test_the_upper_halves_need_only_torch_and_stand_in_the_notebook_word_for_wor
             names.append(node.name)
             if node.name not in ("ConvEncoder", "ConvDecoder", "Autoencoder"):  # exercises
                 definition = "\n".join(source.splitlines()[node.lineno - 1 : node.end_lineno])
-                assert any(cell.endswith(definition) for cell in cells), node.name
+                assert any(cell.endswith(definition) for cell in code_cells()), node.name
     assert len(names) == len(set(names)) == 16
 
 
@@ -340,6 +335,49 @@ def test_what_students_and_the_lab_saved_opens_as_the_readme_says():
     for script in (code, code.replace(load, load_lab)):
         exec(script, notebook := {})
         torch.testing.assert_close(notebook["model"].state_dict(), weights)
+
+
+@pytest.mark.parametrize("failing, old, new", [
+    ([], "", ""),
+    (["reparameterize"], "return mean + std * epsilon", "return torch.normal(mean, std)"),
+    (["kl_divergence"], "return -0.5 * torch", "return -0.5 / len(mean) * torch"),
+    (["train_vae"], "loss = reconstruction + beta * kl", "loss = reconstruction + 10 * kl"),
+    (["discriminator_loss"], "(real_loss + fake_loss) / 2", "real_loss + fake_loss"),
+    (["train_dcgan"], "optimizer_d.zero_grad()", "pass"),
+])  # fmt: skip
+def test_a_mistake_costs_the_points_of_its_function_alone(failing, old, new, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", sys.stderr)  # the test cells redirect it
+    student_version.main(Path("class"))
+    notebook = {}
+    failed = []
+    for cell in json.loads(Path("class/source/lab/lab.ipynb").read_text(encoding="utf-8"))["cells"]:
+        nbgrader = cell["metadata"].get("nbgrader")
+        if cell["cell_type"] == "code" and nbgrader:
+            code = "".join(cell["source"])
+            try:
+                exec(code.replace(old, new) if nbgrader["solution"] else code, notebook)
+            except (AssertionError, RuntimeError):
+                failed.append(nbgrader["grade_id"].removeprefix("test_"))
+    assert failed == failing
+
+
+def test_students_get_no_answers_also_of_a_changed_notebook(tmp_path, monkeypatch):
+    shutil.copytree(HERE / "docs", "docs", ignore=shutil.ignore_patterns("*.pt", "images"))
+    monkeypatch.setattr(student_version, "DOCS", tmp_path / "docs")
+    notebook = json.loads(Path("docs/lab.ipynb").read_text(encoding="utf-8"))
+    lines = ["%%time\n", "%pip install lightning\n", "if True:\n", "    !ls\n", "torch.nn?"]
+    notebook["cells"].insert(1, {**notebook["cells"][-1], "cell_type": "code", "source": lines})
+    Path("docs/lab.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
+    student_version.main(Path("class"))
+    students = Path("class/lab.ipynb").read_text(encoding="utf-8")
+    assert students.count("raise NotImplementedError") == 7 + 1  # the first cell says so
+    for answer in ("SOLUTION", "HIDDEN", "log_var.exp()", "binary_cross_entropy(", "fake_images.detach()", "loss.backward()"):
+        assert answer not in students
+
+    Path("docs/lab.ipynb").write_text(json.dumps(notebook).replace("def kl_divergence(", "def kl("), encoding="utf-8")
+    with pytest.raises(SystemExit, match="kl_divergence"):
+        student_version.main(Path("another"))
+    assert not Path("another").exists()
 
 
 # --- The scripts, as users run them ---
@@ -486,6 +524,8 @@ def test_what_a_script_refuses_is_one_line_and_harms_nothing(trained, capsys):
         f"sample runs/{VAE} --images 0 1500 --out pictures": "digits has 1500 training images",
         f"tsne runs/{DCGAN}": "has no encoder",
         f"tsne runs/{AUTOENCODER} --codes std": "no variance",
+        f"explorer runs/{CONV}": "needs vae.py's fully connected VAE with --latent-dim 2",
+        f"explorer runs/{DCGAN}": "needs vae.py's fully connected VAE with --latent-dim 2",
         "sample runs/vae_beta10": "there is no file runs/vae_beta10",
         "sample malicious.pt": 'malicious.pt was not saved by these scripts (UnpicklingError): see "Your own weights"',
         "sample page.pt": "was not saved by these scripts",
@@ -509,13 +549,10 @@ def test_what_a_script_refuses_is_one_line_and_harms_nothing(trained, capsys):
 
 def test_a_runs_that_is_no_folder_is_pythons_own_error():
     os.symlink("/nowhere/runs", "runs")  # an unplugged disk
-    for arguments in ([], ["--out", "runs/a"]):
-        with pytest.raises(FileExistsError):
-            vae.main([*DIGITS, *arguments])
-    os.remove("runs")
-    Path("runs").touch()
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(FileExistsError):
         vae.main(DIGITS)
+    with pytest.raises(FileExistsError):
+        vae.main([*DIGITS, "--out", "runs/a"])
 
 
 def test_ctrl_c_is_one_line_and_keeps_what_is_there(trained, monkeypatch):
@@ -570,11 +607,10 @@ def test_the_models_in_docs_draw_digits_and_are_compared(trained):
         sample.main([f"{name}.pt", "--dataset", "digits"])
         assert 20 < pixels(f"{name}/samples.png").mean() < 80  # black is 0, an untrained network's gray about 127
     shutil.copytree(trained / CONV, "a$b$c")  # not a formula
-    runs = ["vae-beta1.pt", "dcgan.pt", "a$b$c"]
-    sample.main(runs)
-    rows = sample.compare(runs, torch.device("cpu"), seed=0).axes
-    assert [row.get_title().split(",")[0] for row in rows] == runs
-    assert [row.images[0].get_array().shape for row in rows] == [(32, 242, 3), (36, 274, 3), (32, 242, 3)]  # eight each
+    sample.main(["vae-beta1.pt", "dcgan.pt", "a$b$c"])
+    rows = sample.compare(["vae-beta1.pt", "a$b$c"], torch.device("cpu"), seed=0).axes
+    assert [row.get_title() for row in rows] == ["vae-beta1.pt, epoch 150", "a$b$c, epoch 3"]
+    assert rows[0].images[0].get_array().shape == (32, 242, 3)  # eight images
 
 
 def test_a_manifold_lies_at_the_quantiles():
@@ -584,26 +620,25 @@ def test_a_manifold_lies_at_the_quantiles():
     torch.testing.assert_close(levels[:, :, 1], quantiles.flip(0)[:, None].expand(20, 20))  # z2 upwards
 
 
-def test_figures_draw_what_their_legends_say(trained, monkeypatch):
+def test_curves_are_what_their_legends_say(trained, monkeypatch):
     figures = []
     monkeypatch.setattr(common.Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
-    rows = metrics(trained / VAE)
+    vae_rows = metrics(trained / VAE)
     dcgan_rows = metrics(trained / DCGAN)
-    common.save_curves("losses.png", rows, vae.CURVES)
+    common.save_curves("losses.png", vae_rows, vae.CURVES)
     common.save_curves("losses.png", dcgan_rows, dcgan.CURVES, {"generator": list(range(300))}, dcgan.LEVELS)
     axes = [ax for figure in figures for ax in figure.axes]
     panels = [{line.get_label(): list(line.get_ydata()) for line in ax.lines} for ax in axes]
-    for curves, loss in zip(panels, ("reconstruction_loss", "kl_loss", "loss")):
-        assert curves["training"] == [row[f"train/{loss}"] for row in rows]
-        assert curves["test"] == [row[f"test/{loss}"] for row in rows]
-    losses, accuracies, steps = panels[3:]
-    for name in ("generator", "discriminator"):
-        assert losses[name] == [row[f"{name}/loss"] for row in dcgan_rows]
-    for name in ("real", "fake"):
-        assert accuracies[name] == [row[f"discriminator/{name}_acc"] for row in dcgan_rows]
-    assert steps["generator"] == list(range(100, 300))
+    for panel, loss in zip(panels, ("reconstruction_loss", "kl_loss", "loss")):
+        assert panel["training"] == [row[f"train/{loss}"] for row in vae_rows]
+        assert panel["test"] == [row[f"test/{loss}"] for row in vae_rows]
+    assert panels[3]["generator"] == [row["generator/loss"] for row in dcgan_rows]
+    assert panels[4]["fake"] == [row["discriminator/fake_acc"] for row in dcgan_rows]
+    assert panels[5]["generator"] == list(range(100, 300))
     assert [panel["D cannot tell"][0] for panel in panels[3:]] == pytest.approx([0.6931, 0.5, 0.6931], abs=1e-4)
 
+
+def test_a_map_has_a_name_for_each_class():
     points = np.random.randn(30, 2)
     labels = np.arange(30) % 3
     ax = tsne.draw(points, labels, ["0 - zero", "1 - one", "2 - two"], "title").axes[0]
@@ -634,3 +669,48 @@ def test_tsne_maps_the_codes_that_it_names(codes, trained, monkeypatch, capsys):
     assert f"{codes}: 1-nearest-neighbor accuracy {accuracy:.1%} of the codes" in printed
     assert f"{(kl.mean(0) > 0.01).sum()} of the 8 dimensions of z carry more than 0.01 nats" in printed
     assert os.listdir("maps") == [f"tsne_{codes}.png"]
+
+
+# --- The page of one's own model ---
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRAW_A_ONE = """
+  const box = element("drawing").getBoundingClientRect();
+  for (let v = 0.2; v < 0.8; v += 0.06) {
+    const place = { clientX: box.left + 0.5 * box.width, clientY: box.top + v * box.height, buttons: 1 };
+    element("drawing").dispatchEvent(new PointerEvent(v == 0.2 ? "pointerdown" : "pointermove", place));
+  }
+  document.body.dataset.drawn = Array.from(x).join(" ");
+</script>"""
+
+
+def page_in_browser(address):
+    """The numbers in a page after its scripts: {attribute: its numbers}, and "output": mean, std and z, (6,)."""
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--user-data-dir=browser", "--dump-dom"]
+    page = subprocess.run([*command, address], capture_output=True, text=True, timeout=60, check=True).stdout
+    texts = dict(re.findall('data-(pixels|drawn)="(.*?)"', page))
+    texts["output"] = re.sub("[a-z]", "", re.search("<output.*?>(.*?)</output>", page, re.DOTALL)[1])
+    return {name: torch.tensor([float(number) for number in text.split()]) for name, text in texts.items()}
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+def test_the_page_computes_what_the_model_does():
+    vae.main([*SMALL, "--latent-dim", "2", "--hidden-dim", "32", "--beta", "1", "--out", "run"])
+    explorer.main(["run"])
+    model, decode, _ = common.open_run("run", "cpu")
+    assert explorer.is_known(model, 32)
+    page = Path("run/explorer.html").resolve()
+    shown = page_in_browser(f"{page.as_uri()}#1.0,-0.5")
+    torch.testing.assert_close(shown["pixels"], decode(torch.tensor([[1.0, -0.5]])).flatten(), rtol=0, atol=0.001)
+    assert shown["output"].tolist() == [0, 0, 1, 1, 1, -0.5]  # mean and std of N(0, 1): nothing is drawn
+
+    page.write_text(page.read_text(encoding="utf-8").replace("</script>", DRAW_A_ONE), encoding="utf-8")
+    shown = page_in_browser(page.as_uri())
+    assert 30 < shown["drawn"].sum() < 200
+    mean, log_var = model.encoder(shown["drawn"][None])
+    expected = torch.cat([mean, torch.exp(0.5 * log_var), mean]).flatten()
+    torch.testing.assert_close(shown["output"], expected, rtol=0, atol=0.006)  # two decimals
+    torch.testing.assert_close(shown["pixels"], decode(mean).flatten(), rtol=0, atol=0.001)
+
+    model.decoder.forward = lambda z: 1 - torch.sigmoid(model.decoder.backbone(z))  # a changed copy's
+    assert not explorer.is_known(model, 32)

@@ -178,8 +178,9 @@ def test_train_dcgan():
         for z in generator.inputs:
             assert z.shape == (9, 20), f"z: yours has the shape {tuple(z.shape)}, right (9, 20)"
             compare("standard deviation of z", z.std(0).mean(), 1.0, tolerance=0.2)
-            # G's update may come first, or D's; D may be given the fakes of the G before its update, or after it
-            g_losses += [generator_loss(d(g_before.network(z))) for d in (d_before, discriminator)]
-            d_losses += [discriminator_loss(d_before(x), d_before(g.network(z).detach())) for g in (g_before, generator)]
+            for d in (d_before, discriminator):  # G may be trained before D, or after it
+                g_losses.append(generator_loss(d(g_before.network(z))))
+            for g in (g_before, generator):  # and D with the fakes of G before its update, or after it
+                d_losses.append(discriminator_loss(d_before(x), d_before(g.network(z).detach())))
         compare_direction("G", generator, g_before, g_losses)
         compare_direction("D", discriminator, d_before, d_losses)
