@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import shlex
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from pathlib import Path
@@ -36,13 +37,15 @@ def positive(text):
 
 def pick_device(name):
     """The torch.device of that name; "auto" is the accelerator (CUDA, ROCm, MPS, XPU) if there is one, or the CPU."""
-    if name == "auto":
-        name = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return torch.device(name)
+    if name != "auto":
+        return torch.device(name)
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator()
+    return torch.device("cpu")
 
 
 def use_bf16(network, float32_layers):
-    """Compute matrix products and convolutions of the network in bfloat16, and convert what float32_layers return."""
+    """Compute matrix products and convolutions of the network in bfloat16; float32_layers return float32."""
     device = next(network.parameters()).device
     forward = torch.autocast(device.type, torch.bfloat16)(type(network).forward)
     network.forward = MethodType(forward, network)  # a method, so that a deepcopy computes with its own weights
@@ -132,7 +135,8 @@ def new_folder(out, name):
     """Make the folder of a new run, out or runs/NAME. Exits if it holds a run."""
     run_dir = Path("runs", name) if out is None else Path(out)
     if (run_dir / "checkpoint.pt").exists():
-        sys.exit(f"{run_dir} holds a run: go on with --resume {run_dir}, or name another folder with --out")
+        name = shlex.quote(run_dir.as_posix())
+        sys.exit(f"{run_dir} holds a run: go on with --resume {name}, or name another folder with --out")
     run_dir.mkdir(parents=True, exist_ok=True)
     return run_dir
 
@@ -194,7 +198,7 @@ def save_curves(path, rows, curves, steps=None, levels=None):
     if steps is not None:
         for legend, values in steps.items():
             axes[-1].plot(values[-200:], label=legend)
-        axes[-1].set(title="the last steps", xlabel="step, from the first one shown")
+        axes[-1].set(title="the last steps (at most 200)", xlabel="step")
     for legend, heights in (levels or {}).items():
         for ax, height in zip(axes, heights):
             ax.axhline(height, color="gray", linestyle="--", label=legend)
@@ -219,12 +223,10 @@ def load_checkpoint(path):
         sys.exit(f"there is no file {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        reason = "it names no script"
     except Exception as error:  # a damaged or foreign file raises errors of many kinds
-        checkpoint = None
-        reason = type(error).__name__
+        sys.exit(f"{path} cannot be read ({type(error).__name__}): it is damaged, or was not saved by these scripts")
     if not isinstance(checkpoint, dict) or "script" not in checkpoint:
-        sys.exit(f'{path} was not saved by these scripts ({reason}): see "Your own weights" in README.md')
+        sys.exit(f'{path} was not saved by these scripts: see "Your own weights" in README.md')
     return checkpoint
 
 

@@ -85,7 +85,10 @@ class Discriminator(nn.Module):
 
 
 def generator_loss(fake_score):
-    """-mean log D(G(z)) for fake_score = D(G(z)) (N, 1), in nats: small when D takes the fakes for real."""
+    """-mean log D(G(z)) for fake_score = D(G(z)) (N, 1), in nats: small when D takes the fakes for real.
+
+    This is the non-saturating loss (Goodfellow et al., 2014, section 3).
+    """
     return F.binary_cross_entropy(fake_score, torch.ones_like(fake_score))
 
 
@@ -151,7 +154,7 @@ from pathlib import Path
 import common
 
 SCRIPT = Path(__file__).name  # a copy, my_dcgan.py, names its runs after itself
-MAY_CHANGE = {"epochs", "lr", "data", "device", "bf16", "tensorboard", "out", "resume"}  # when a run is resumed
+MAY_CHANGE = {"epochs", "lr", "data", "device", "bf16", "tensorboard", "out", "resume"}  # of a resumed run
 
 
 def upsample_conv(x, conv):
@@ -175,6 +178,15 @@ def upsample_conv(x, conv):
     return F.conv_transpose2d(x, kernel, conv.bias, stride=2, padding=1)
 
 
+def is_upsample_conv(upsample, conv):
+    """Whether two layers are what upsample_conv computes, with no other setting."""
+    if not isinstance(upsample, nn.Upsample) or not isinstance(conv, nn.Conv2d):
+        return False
+    settings = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+    plain = settings == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
+    return plain and upsample.scale_factor == 2 and upsample.mode == "nearest"
+
+
 class FastGenerator(Generator):
     """The same layers, weights and images; each upsampling is computed together with the convolution after it."""
 
@@ -183,7 +195,7 @@ class FastGenerator(Generator):
         layers = list(self.conv_blocks)
         while layers:
             layer = layers.pop(0)
-            if isinstance(layer, nn.Upsample) and layer.mode == "nearest":
+            if layers and is_upsample_conv(layer, layers[0]):
                 h = upsample_conv(h, conv=layers.pop(0))
             else:
                 h = layer(h)
@@ -225,14 +237,14 @@ def parse_args(argv):
     for name, value in checkpoint["config"].items():
         if name not in MAY_CHANGE and getattr(args, name) != value:
             option = "--" + name.replace("_", "-")
-            sys.exit(f"{option} cannot change: {args.resume} is trained with {value}")
+            sys.exit(f"{option} cannot change: {args.resume} was trained with {value}")
     if checkpoint["epoch"] >= args.epochs:
-        sys.exit(f"{args.resume} has its {checkpoint['epoch']} epochs: to train longer, give more with --epochs")
+        sys.exit(f"{args.resume} has all its {checkpoint['epoch']} epochs; to train longer, give a larger --epochs")
     return args, checkpoint
 
 
 def run_name(args):
-    """The script, then what is not the default: dcgan, dcgan-cifar100-z2-subset6000-seed1."""
+    """The script; data set, latent dimension, subset and seed if they are not the defaults."""
     name = Path(__file__).stem
     if args.dataset != "mnist":
         name += f"-{args.dataset}"
@@ -338,7 +350,7 @@ def main(argv=None):
 
             left = timedelta(seconds=round(seconds * (args.epochs - epoch)))
             line = f"{epoch:>3}/{args.epochs}: G {g_loss:.3f}, D {d_loss:.3f}"
-            print(f"{line}, real {real_acc:.1%}, fake {fake_acc:.1%}, {seconds:.3g} s, {left} left", flush=True)
+            print(f"{line}, real {real_acc:.1%}, fake {fake_acc:.1%}, {seconds:.1f} s, {left} left", flush=True)
     except KeyboardInterrupt:
         if not rows:
             sys.exit("interrupted; nothing is saved yet")

@@ -3,7 +3,7 @@
     python sample.py runs/vae-beta10
     python sample.py runs/vae-beta10 --images 0 2                 # from the first training image to the third
     python sample.py runs/dcgan --n 64 --out pictures
-    python sample.py runs/vae-beta1 runs/vae-beta10 runs/dcgan    # samples of each, side by side
+    python sample.py runs/vae-beta1 runs/vae-beta10 runs/dcgan    # samples of each, in a row of its own
 
 The pictures go to the run's folder, or to --out, and replace those of an earlier call. More than one run makes only
 comparison.png, in the current folder or in --out.
@@ -99,7 +99,8 @@ def main(argv=None):
     model, decode, config = common.open_run(run, device)
     folder = common.output_folder(args.out, run)
     torch.manual_seed(args.seed)
-    z = torch.randn(args.n + 2, config.latent_dim).to(device)  # from the CPU: the same on every device
+    # two codes to go between, then those of the samples; drawn on the CPU, so that they are the same on every device
+    z = torch.randn(2 + args.n, config.latent_dim).to(device)
     columns = max(8, math.ceil(math.sqrt(args.n)))
     save_grid(folder / "samples.png", decode(z[2:]), columns)
     save_grid(folder / "interpolation.png", decode(interpolate(z[0], z[1], args.interpolation)), args.interpolation)

@@ -202,6 +202,8 @@ def test_the_fast_generator_gives_the_same_images_and_gradients(float64):
         (network(z) ** 2).sum().backward()
     for (name, p), q in zip(fast.named_parameters(), lab.parameters()):
         torch.testing.assert_close(p.grad, q.grad, msg=name)
+    fast.conv_blocks[6] = lab.conv_blocks[6] = nn.Conv2d(128, 64, 3, padding=2, dilation=2)  # a changed copy's
+    torch.testing.assert_close(fast(z), lab(z))
 
 
 def test_a_copy_of_a_network_in_bf16_computes_with_its_own_weights():
@@ -245,10 +247,9 @@ def test_mnist_on_disk_is_resized_as_pil_does_and_trained_on(capsys):
     assert saved("runs/vae-beta10")["config"]["batch_size"] == 1024
     assert re.findall("([0-9,]+) parameters", capsys.readouterr().out) == ["1,526,800", "1,148,098"]
 
-    for number, label in ((63, 0), (64, 10)):  # too few, and no class
-        header = np.array([0x801, number], ">i4").tobytes()
-        Path(raw, "t10k-labels-idx1-ubyte").write_bytes(header + bytes([label] * number))
-        assert "MNIST in data/MNIST/raw: images and labels do not belong" in error_of("vae --out other")
+    header = np.array([0x801, 63], ">i4").tobytes()
+    Path(raw, "t10k-labels-idx1-ubyte").write_bytes(header + bytes(63))
+    assert "MNIST in data/MNIST/raw: images and labels do not belong together" in error_of("vae --out other")
 
 
 def test_without_mnist_the_default_is_digits_and_a_named_set_is_an_error(monkeypatch, capsys):
@@ -272,10 +273,8 @@ def test_cifar_has_three_channels(monkeypatch):
     dcgan.main(["--dataset", "cifar100", "--epochs", "1"])
     run = "runs/vae-conv-beta10-cifar100-z2"
     sample.main([run])
-    sample.main([run, "runs/dcgan-cifar100"])
     tsne.main([run])  # codes of two dimensions
     assert {"manifold.png", "tsne_mean.png"} < set(os.listdir(run))
-    assert Path("comparison.png").exists()
     assert "takes images of shape (3, 32, 32)" in error_of(f"tsne {run} --dataset digits")
 
 
@@ -318,7 +317,8 @@ def test_the_notebook_runs_twice_and_goes_on_where_it_was(monkeypatch, capsys):
     for epochs in (1, 2):
         notebook = {"display": Mock()}
         for cell in code_cells():
-            exec(re.sub(r"^(NUM_EPOCHS\w*) = \d+", rf"\1 = {epochs}", cell, flags=re.MULTILINE), notebook)
+            code = re.sub(r"^(NUM_EPOCHS\w*) = \d+", rf"\1 = {epochs}", cell, flags=re.MULTILINE)
+            exec(code, notebook)
         assert len(notebook["vae_losses"][10]) == len(notebook["gan_steps"]) == epochs
     printed = capsys.readouterr().out
     assert printed.count("right: ") == 2 * 7
@@ -333,7 +333,8 @@ def test_what_students_and_the_lab_saved_opens_as_the_readme_says():
     torch.save(weights, "my.pt")
     torch.save({"epoch": 149, "state_dict": weights}, "lab.ckpt")
     for script in (code, code.replace(load, load_lab)):
-        exec(script, notebook := {})
+        notebook = {}
+        exec(script, notebook)
         torch.testing.assert_close(notebook["model"].state_dict(), weights)
 
 
@@ -342,7 +343,6 @@ def test_what_students_and_the_lab_saved_opens_as_the_readme_says():
     (["reparameterize"], "return mean + std * epsilon", "return torch.normal(mean, std)"),
     (["kl_divergence"], "return -0.5 * torch", "return -0.5 / len(mean) * torch"),
     (["train_vae"], "loss = reconstruction + beta * kl", "loss = reconstruction + 10 * kl"),
-    (["discriminator_loss"], "(real_loss + fake_loss) / 2", "real_loss + fake_loss"),
     (["train_dcgan"], "optimizer_d.zero_grad()", "pass"),
 ])  # fmt: skip
 def test_a_mistake_costs_the_points_of_its_function_alone(failing, old, new, monkeypatch):
@@ -371,7 +371,7 @@ def test_students_get_no_answers_also_of_a_changed_notebook(tmp_path, monkeypatc
     student_version.main(Path("class"))
     students = Path("class/lab.ipynb").read_text(encoding="utf-8")
     assert students.count("raise NotImplementedError") == 7 + 1  # the first cell says so
-    for answer in ("SOLUTION", "HIDDEN", "log_var.exp()", "binary_cross_entropy(", "images.detach()", "loss.backward()"):
+    for answer in ("SOLUTION", "HIDDEN", "log_var.exp()", "binary_cross_entropy(", "images.detach()", "loss.backward"):
         assert answer not in students
 
     Path("docs/lab.ipynb").write_text(json.dumps(notebook).replace("def kl_divergence(", "def kl("), encoding="utf-8")
@@ -515,33 +515,25 @@ def test_what_a_script_refuses_is_one_line_and_harms_nothing(trained, capsys):
     for command, message in {
         f"vae --out runs/{VAE} --dataset digits": f"go on with --resume runs/{VAE}, or name another folder with --out",
         "vae --resume runs/vae_beta10": "there is no file runs/vae_beta10/checkpoint.pt",
-        f"vae --resume runs/{VAE}": "has its 3 epochs: to train longer, give more with --epochs",
-        f"vae --resume runs/{VAE} --epochs 9 --beta 1": f"--beta cannot change: runs/{VAE} is trained with 10.0",
-        f"dcgan --resume runs/{DCGAN} --latent-dim 9": f"--latent-dim cannot change: runs/{DCGAN} is trained with 8",
+        f"vae --resume runs/{VAE}": "has all its 3 epochs; to train longer, give a larger --epochs",
+        f"vae --resume runs/{VAE} --epochs 9 --beta 1": f"--beta cannot change: runs/{VAE} was trained with 10.0",
+        f"dcgan --resume runs/{DCGAN} --latent-dim 9": f"--latent-dim cannot change: runs/{DCGAN} was trained with 8",
         f"dcgan --resume runs/{VAE}": f"runs/{VAE} was trained by vae.py, not by dcgan.py",
         f"sample runs/{VAE} --images 0 1500 --out pictures": "digits has 1500 training images",
         f"tsne runs/{DCGAN}": "has no encoder",
         f"tsne runs/{AUTOENCODER} --codes std": "no variance",
         f"explorer runs/{CONV}": "needs vae.py's fully connected VAE with --latent-dim 2",
-        f"explorer runs/{DCGAN}": "needs vae.py's fully connected VAE with --latent-dim 2",
         "sample runs/vae_beta10": "there is no file runs/vae_beta10",
-        "sample malicious.pt": 'malicious.pt was not saved by these scripts (UnpicklingError): see "Your own weights"',
-        "sample page.pt": "was not saved by these scripts",
-        "tsne my.pt": "was not saved by these scripts",
+        "sample malicious.pt": "malicious.pt cannot be read (UnpicklingError)",
+        "sample page.pt": "page.pt cannot be read",
+        "tsne my.pt": 'my.pt was not saved by these scripts: see "Your own weights" in README.md',
     }.items():
         assert message in error_of(command)
     shutil.rmtree("pictures")  # what needs no images was drawn
-    for command, message in {
-        f"vae --resume runs/{VAE} --out other": "argument --out: not allowed with argument --resume",
-        "vae --epochs 0": "argument --epochs: invalid positive value: '0'",
-        "dcgan --subset -5": "argument --subset: invalid positive value: '-5'",
-        "vae --batch-size 0": "argument --batch-size: invalid positive value: '0'",
-    }.items():
-        script, *arguments = command.split()
-        with pytest.raises(SystemExit) as stop:
-            SCRIPTS[script].main(arguments)
-        assert stop.value.code == 2
-        assert message in capsys.readouterr().err
+    for options in (f"--resume runs/{VAE} --out x", "--epochs 0", "--subset -5", "--batch-size 0"):
+        with pytest.raises(SystemExit, match="2"):
+            vae.main(options.split())
+        assert re.search("argument --(out: not allowed|.*: invalid positive value)", capsys.readouterr().err)
     assert before == {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
 
 
@@ -593,9 +585,9 @@ def test_every_picture_shows_what_it_is_called(trained):
     assert_shows("reconstructions.png", rows, enlarged=3)
     assert_shows("interpolation.png", decode((1 - alpha) * z[0] + alpha * z[1]), columns=8, enlarged=3)
     assert_shows("interpolation_digits.png", torch.cat([ends[:1], between, ends[1:]]), columns=10, enlarged=3)
-    epochs = [pixels(trained / VAE / f"images/epoch_00{epoch}_samples.png") for epoch in (1, 2, 3)]
-    distances = [abs(pixels("training.gif") - epoch).mean() for epoch in epochs]  # of its first frame
-    assert min(distances) == distances[0] < 3
+    first, last = [pixels(trained / VAE / f"images/epoch_00{epoch}_samples.png") for epoch in (1, 3)]
+    first_frame = pixels("training.gif")
+    assert abs(first_frame - first).mean() < abs(first_frame - last).mean()
     assert Image.open("training.gif").n_frames == 3
 
 
@@ -621,19 +613,17 @@ def test_a_manifold_lies_at_the_quantiles():
 def test_curves_are_what_their_legends_say(trained, monkeypatch):
     figures = []
     monkeypatch.setattr(common.Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
-    vae_rows = metrics(trained / VAE)
-    dcgan_rows = metrics(trained / DCGAN)
-    common.save_curves("losses.png", vae_rows, vae.CURVES)
-    common.save_curves("losses.png", dcgan_rows, dcgan.CURVES, {"generator": list(range(300))}, dcgan.LEVELS)
-    axes = [ax for figure in figures for ax in figure.axes]
-    panels = [{line.get_label(): list(line.get_ydata()) for line in ax.lines} for ax in axes]
-    for panel, loss in zip(panels, ("reconstruction_loss", "kl_loss", "loss")):
-        assert panel["training"] == [row[f"train/{loss}"] for row in vae_rows]
-        assert panel["test"] == [row[f"test/{loss}"] for row in vae_rows]
-    assert panels[3]["generator"] == [row["generator/loss"] for row in dcgan_rows]
-    assert panels[4]["fake"] == [row["discriminator/fake_acc"] for row in dcgan_rows]
-    assert panels[5]["generator"] == list(range(100, 300))
-    assert [panel["D cannot tell"][0] for panel in panels[3:]] == pytest.approx([0.6931, 0.5, 0.6931], abs=1e-4)
+    rows = metrics(trained / DCGAN)
+    common.save_curves("losses.png", rows, dcgan.CURVES, {"generator": list(range(300))}, dcgan.LEVELS)
+    panels = [{line.get_label(): list(line.get_ydata()) for line in ax.lines} for ax in figures[0].axes]
+    losses, accuracies, steps = panels
+    assert losses["generator"] == [row["generator/loss"] for row in rows]
+    assert accuracies["fake"] == [row["discriminator/fake_acc"] for row in rows]
+    assert steps["generator"] == list(range(100, 300))
+    assert [panel["D cannot tell"][0] for panel in panels] == pytest.approx([0.6931, 0.5, 0.6931], abs=1e-4)
+    for title, columns in vae.CURVES.items():
+        loss = {"r": "reconstruction_loss", "K": "kl_loss", "l": "loss"}[title[0]]
+        assert columns == {"training": f"train/{loss}", "test": f"test/{loss}"}
 
 
 def test_a_map_has_a_name_for_each_class():

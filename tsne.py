@@ -39,7 +39,8 @@ def dimensions_in_use(mean, log_var, threshold=0.01):
     used = 0
     for j in range(mean.shape[1]):
         kl = vae.kl_divergence(mean[:, j : j + 1], log_var[:, j : j + 1])
-        used += (kl / len(mean)).item() > threshold
+        if kl / len(mean) > threshold:
+            used += 1
     return used
 
 
@@ -108,9 +109,10 @@ def main(argv=None):
 
     # the map: codes of two dimensions as they are, others through t-SNE
     text = f"1-nearest-neighbor accuracy {nearest_neighbor_accuracy(codes, labels):.1%} of the codes"
-    points = codes
-    axes = {"xlabel": "dimension 1", "ylabel": "dimension 2"}
-    if codes.shape[1] > 2:
+    if codes.shape[1] == 2:
+        points = codes
+        axes = {"xlabel": "dimension 1", "ylabel": "dimension 2"}
+    else:
         points = TSNE(2, perplexity=args.perplexity, random_state=args.seed).fit_transform(codes)
         text += f", {nearest_neighbor_accuracy(points, labels):.1%} on the map"
         axes = {"xticks": [], "yticks": []}  # they have no meaning: only which points are close has one

@@ -66,7 +66,6 @@ class VAE(nn.Module):
     """x (N, input_dim) -> x_pred (N, input_dim), mean and log_var (N, latent_dim).
 
     x -> encoder -> (mean, log_var) -> z = mean + std * epsilon -> decoder -> x_pred
-    Gradients flow back along this path, through mean and std; epsilon depends on no weight.
     """
 
     def __init__(self, encoder, decoder):
@@ -85,9 +84,9 @@ class VAE(nn.Module):
 def reconstruction_loss(x_pred, x):
     """Binary cross-entropy of x_pred and x, both (N, input_dim) in 0..1, in nats, summed over pixels and batch.
 
-    Each pixel costs -[x log(x_pred) + (1 - x) log(1 - x_pred)]. Raises RuntimeError if a value is not in 0..1.
-    It is linear in x, so with gray targets, at beta 1, the negative loss is a lower bound on the log-likelihood
-    of the image binarized at random: each pixel is 1 with a probability equal to its gray value.
+    Each pixel costs -[x log(x_pred) + (1 - x) log(1 - x_pred)], with the natural logarithm. This is linear in x, so
+    with gray targets, at beta 1, the negative loss is a lower bound on the log-likelihood of the image binarized at
+    random: each pixel is 1 with a probability equal to its gray value. Raises RuntimeError if a value is not in 0..1.
     """
     return F.binary_cross_entropy(x_pred, x, reduction="sum")
 
@@ -231,7 +230,7 @@ from pathlib import Path
 import common
 
 SCRIPT = Path(__file__).name  # a copy, my_vae.py, names its runs after itself
-MAY_CHANGE = {"epochs", "lr", "data", "device", "bf16", "tensorboard", "out", "resume"}  # when a run is resumed
+MAY_CHANGE = {"epochs", "lr", "data", "device", "bf16", "tensorboard", "out", "resume"}  # of a resumed run
 
 
 def parse_args(argv):
@@ -271,18 +270,21 @@ def parse_args(argv):
     for name, value in checkpoint["config"].items():
         if name not in MAY_CHANGE and getattr(args, name) != value:
             option = "--" + name.replace("_", "-")
-            sys.exit(f"{option} cannot change: {args.resume} is trained with {value}")
+            sys.exit(f"{option} cannot change: {args.resume} was trained with {value}")
     if checkpoint["epoch"] >= args.epochs:
-        sys.exit(f"{args.resume} has its {checkpoint['epoch']} epochs: to train longer, give more with --epochs")
+        sys.exit(f"{args.resume} has all its {checkpoint['epoch']} epochs; to train longer, give a larger --epochs")
     return args, checkpoint
 
 
 def run_name(args):
-    """The script, the model and beta, then what is not the default: vae-beta1-digits-z2-subset6000-seed1."""
+    """The script, the model and beta; data set, latent dimension, subset and seed if they are not the defaults."""
     name = Path(__file__).stem
     if args.arch == "conv":
         name += "-conv"
-    name += "-autoencoder" if args.autoencoder else f"-beta{args.beta:g}"
+    if args.autoencoder:
+        name += "-autoencoder"
+    else:
+        name += f"-beta{args.beta:g}"
     if args.dataset != "mnist":
         name += f"-{args.dataset}"
     if args.latent_dim != 128:
@@ -341,7 +343,7 @@ def main(argv=None):
     args, checkpoint = parse_args(argv)
     device = common.pick_device(args.device)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
-    torch.set_flush_denormal(True)  # very small moments become denormal numbers, which are slow on a CPU
+    torch.set_flush_denormal(True)  # Adam's moments of unused weights become denormal numbers, which are slow on a CPU
     torch.manual_seed(args.seed)
 
     # the images and their labels, on the device once
@@ -352,7 +354,8 @@ def main(argv=None):
     y_test = images.test_labels.to(device)
     args.dataset = images.name
     args.image_shape = tuple(images.train.shape[1:])
-    args.batch_size = args.batch_size or (64 if images.name == "digits" else 1024)
+    if args.batch_size is None:
+        args.batch_size = 64 if images.name == "digits" else 1024
 
     # the network, its optimizer, and the codes that are decoded after every epoch
     model = build(args)
@@ -415,7 +418,7 @@ def main(argv=None):
             left = timedelta(seconds=round(seconds * (args.epochs - epoch)))
             equation = f"{test_loss:.2f} = {test_reconstruction:.2f} + {args.beta:g} * {test_kl:.3f}"
             line = f"{epoch:>3}/{args.epochs}: train {train_loss:.2f}, test {equation}"
-            print(f"{line}, {seconds:.3g} s, {left} left", flush=True)
+            print(f"{line}, {seconds:.1f} s, {left} left", flush=True)
     except KeyboardInterrupt:
         if not rows:
             sys.exit("interrupted; nothing is saved yet")

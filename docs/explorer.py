@@ -52,7 +52,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     model, _, config = common.open_run(args.run, "cpu")
-    if not is_known(model, getattr(config, "hidden_dim", 512)):  # a GAN has no hidden_dim
+    if not hasattr(model, "encoder") or not is_known(model, config.hidden_dim):
         sys.exit(f"{args.run}: the page needs vae.py's fully connected VAE with --latent-dim 2 on gray 28x28 images")
 
     # the first 2,000 test images as points of the plane
@@ -62,7 +62,8 @@ def main(argv=None):
     for label, (name, color) in enumerate(zip(images.classes, TABLEAU_COLORS.values())):
         means = mean[images.test_labels[:2000] == label]
         median = means.median(dim=0).values.tolist()
-        classes.append({"name": str(name).split()[0], "color": color, "median": median, "means": means.tolist()})
+        first_word = name.split()[0]  # MNIST's names are "4 - four"
+        classes.append({"name": first_word, "color": color, "median": median, "means": means.tolist()})
 
     layers = {name: pack(layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     network = {

@@ -170,7 +170,8 @@ def test_train_dcgan():
     # the direction of both updates, and of a second one: no gradient may be left over from the first
     optimizers = [torch.optim.SGD(network.parameters(), lr=0.1) for network in (generator, discriminator)]
     for _ in range(2):
-        g_before, d_before = copy.deepcopy(generator), copy.deepcopy(discriminator)
+        g_before = copy.deepcopy(generator)
+        d_before = copy.deepcopy(discriminator)
         generator.inputs.clear()
         train_dcgan(generator, discriminator, *optimizers, DataLoader(dataset, batch_size=9), 20)
         g_losses = []

@@ -9,7 +9,7 @@ class RepairCells(DeduplicateIds):
     def preprocess_cell(self, cell, resources, cell_index):
         cell, resources = super().preprocess_cell(cell, resources, cell_index)
         if cell.metadata.get("nbgrader") == {}:
-            del cell.metadata["nbgrader"]  # of a copied cell; nbgrader takes it for an old format and stops
+            del cell.metadata["nbgrader"]  # a copied cell has this, which nbgrader takes for an old format, and stops
         elif "nbgrader" in cell.metadata:
             cell.metadata.pop("tags", None)  # with skip-execution a test that is not run would count as passed
         return cell, resources
@@ -17,6 +17,6 @@ class RepairCells(DeduplicateIds):
 
 c = get_config()  # noqa: F821
 c.Execute.timeout = 60  # seconds for a cell; an endless loop is interrupted then, and the next cell is run
-c.Execute.raise_on_iopub_timeout = False  # nor does one that prints, or cannot be interrupted, cost all other points
+c.Execute.raise_on_iopub_timeout = False  # a cell that prints without end does not stop the others
 # nbgrader's list, without ClearOutput: whoever grades the answers needs the student's own curves and pictures
 c.Autograde.sanitize_preprocessors = [RepairCells, OverwriteKernelspec, OverwriteCells, CheckCellMetadata]

@@ -68,10 +68,13 @@ def find_tasks(cells):
     """{name: (index of its cell, its node, index of its check)} for TASKS; exits if one is not there exactly once."""
     asserts = [index for index, cell in enumerate(cells) if re.search(r"^ *assert ", cell["source"], re.MULTILINE)]
     tasks = {}
+    functions = []  # with the index of the cell that each is in
+    for index, cell in enumerate(cells):
+        functions += [(index, node) for node in parse(cell) if isinstance(node, ast.FunctionDef)]
     for name in TASKS:
-        found = [(i, node) for i, cell in enumerate(cells) for node in parse(cell) if getattr(node, "name", "") == name]
-        if len(found) != 1 or not ast.get_docstring(found[0][1]):
-            sys.exit(f"lab.ipynb must define {name} once, with a docstring; it does so {len(found)} times")
+        found = [(index, node) for index, node in functions if node.name == name and ast.get_docstring(node)]
+        if len(found) != 1:
+            sys.exit(f"lab.ipynb must define {name} exactly once, with a docstring; found: {len(found)}")
         index, node = found[0]
         check = min((other for other in asserts if other > index), default=None)
         if check is None or check in [other for _, _, other in tasks.values()]:
@@ -105,10 +108,17 @@ def with_hidden_test(name, check, ours):
 
 def metadata(grade_id, points=None, solution=False):
     """nbgrader's: a cell with points is graded, a solution is the student's; all others are put back as they were."""
-    content = {"grade_id": grade_id, "grade": points is not None, "solution": solution, "locked": not solution}
+    content = {
+        "grade_id": grade_id,
+        "grade": points is not None,
+        "solution": solution,
+        "locked": not solution,
+        "task": False,
+        "schema_version": 3,
+    }
     if points is not None:
         content["points"] = points
-    return {"nbgrader": {**content, "task": False, "schema_version": 3}}
+    return {"nbgrader": content}
 
 
 def text_cell(name, source, metadata):
@@ -120,9 +130,12 @@ def assignment(cells):
     tasks = find_tasks(cells)
     functions = {name: ast.get_source_segment(cells[i]["source"], node) for name, (i, node, _) in tasks.items()}
     for number, cell in enumerate(cells):
+        # text, imports and definitions are given; all other cells train or draw
         kinds = {type(node) for node in parse(cell)}
-        given = ast.Import in kinds or kinds <= {ast.ImportFrom, ast.ClassDef, ast.FunctionDef}
-        cell["metadata"] = metadata(f"given_{number}") if given else {"tags": ["skip-execution"]}  # it trains or draws
+        if ast.Import in kinds or kinds <= {ast.ImportFrom, ast.ClassDef, ast.FunctionDef}:
+            cell["metadata"] = metadata(f"given_{number}")
+        else:
+            cell["metadata"] = {"tags": ["skip-execution"]}
         if cell["cell_type"] == "code":
             cell |= {"outputs": [], "execution_count": None}
     for name, (index, node, check) in tasks.items():
