@@ -256,9 +256,9 @@ def output_folder(out, run):
 
 
 def load_run_images(config, args):
-    """The Images of a run, or those that args name, in the size of its model; exits if they do not fit."""
+    """The Images of a VAE's run, or those that args name; exits if they do not fit the model."""
     name = args.dataset or config.dataset
-    images = load_images(name, args.data or config.data, size=config.image_shape[-1])
+    images = load_images(name, args.data or config.data)
     shape = tuple(images.test.shape[1:])
     if shape != config.image_shape:
         sys.exit(f"the model takes images of shape {config.image_shape}, those of {name} have {shape}")
