@@ -596,10 +596,10 @@ def test_the_models_in_docs_draw_digits_and_are_compared(trained):
         shutil.copy(HERE / f"docs/{name}.pt", ".")
         sample.main([f"{name}.pt", "--dataset", "digits"])
         assert 20 < pixels(f"{name}/samples.png").mean() < 80  # black is 0, an untrained network's gray about 127
-    shutil.copytree(trained / CONV, "a$b$c")  # not a formula
-    sample.main(["vae-beta1.pt", "dcgan.pt", "a$b$c"])
-    rows = sample.compare(["vae-beta1.pt", "a$b$c"], torch.device("cpu"), seed=0).axes
-    assert [row.get_title() for row in rows] == ["vae-beta1.pt, epoch 150", "a$b$c, epoch 3"]
+    shutil.copytree(trained / CONV, "a$_$c")  # not a formula
+    sample.main(["vae-beta1.pt", "dcgan.pt", "a$_$c"])
+    rows = sample.compare(["vae-beta1.pt", "a$_$c"], torch.device("cpu"), seed=0).axes
+    assert [row.get_title() for row in rows] == ["vae-beta1.pt, epoch 150", "a$_$c, epoch 3"]
     assert rows[0].images[0].get_array().shape == (32, 242, 3)  # eight images
 
 
@@ -615,7 +615,9 @@ def test_curves_are_what_their_legends_say(trained, monkeypatch):
     monkeypatch.setattr(common.Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     rows = metrics(trained / DCGAN)
     common.save_curves("losses.png", rows, dcgan.CURVES, {"generator": list(range(300))}, dcgan.LEVELS)
-    panels = [{line.get_label(): list(line.get_ydata()) for line in ax.lines} for ax in figures[0].axes]
+    axes = figures[0].axes
+    assert [ax.get_title() for ax in axes[:2]] == list(dcgan.CURVES)
+    panels = [{line.get_label(): list(line.get_ydata()) for line in ax.lines} for ax in axes]
     losses, accuracies, steps = panels
     assert losses["generator"] == [row["generator/loss"] for row in rows]
     assert accuracies["fake"] == [row["discriminator/fake_acc"] for row in rows]
