@@ -365,7 +365,7 @@ def test_students_get_no_answers_also_of_a_changed_notebook(tmp_path, monkeypatc
     shutil.copytree(HERE / "docs", "docs", ignore=shutil.ignore_patterns("*.pt", "images"))
     monkeypatch.setattr(student_version, "DOCS", tmp_path / "docs")
     notebook = json.loads(Path("docs/lab.ipynb").read_text(encoding="utf-8"))
-    lines = ["%%time\n", "%pip install lightning\n", "if True:\n", "    !ls\n", "torch.nn?"]
+    lines = ["%%time\n", "%pip install notebook\n", "if True:\n", "    !ls\n", "torch.nn?"]
     notebook["cells"].insert(1, {**notebook["cells"][-1], "cell_type": "code", "source": lines})
     Path("docs/lab.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
     student_version.main(Path("class"))
