@@ -1,4 +1,4 @@
-"""What the scripts share: images, curves, and the files of a run."""
+"""What the scripts share: options, images, and the files of a run, its curves among them."""
 
 import csv
 import importlib
